@@ -1,0 +1,148 @@
+"""An actor: take tickets, generate, score, hand in; and keep up with the published weights meanwhile.
+
+Invariant: a ticket taken is handed in as a whole group or given up with a reason, never dropped and never scored zero for a failure of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from actor.engine import Completion, Engine, GenerationRequest
+from actor.weights import HeldWeights
+from protocol.config import RolloutConfig
+from protocol.errors import EngineError, TaskError, WeightsError
+from protocol.groups import Group
+from protocol.messages import ActorReport, WireTicket
+from protocol.ports import ActorPort
+from tasks.base import Problem, Task
+from tasks.prompts import Tokenizer, encode_prompt
+from tasks.scoring import score
+
+log = logging.getLogger("actor")
+
+
+class Actor:
+    """One actor process's work. `port` is joined already or not; `run` joins it."""
+
+    def __init__(
+        self,
+        name: str,
+        port: ActorPort,
+        engine: Engine,
+        task: Task,
+        tokenizer: Tokenizer,
+        stop_ids: tuple[int, ...],
+        rollout: RolloutConfig,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._port, self._engine, self._task = name, port, engine, task
+        self._tokenizer, self._stop_ids, self._rollout = tokenizer, stop_ids, rollout
+        self._weights = HeldWeights(port)
+        self._sampling_version = -1
+        self._serving: set[int] = set()
+        self._monotonic = monotonic
+        self._started = monotonic()
+
+    def report(self) -> ActorReport:
+        """The heartbeat: credit is given only once there are verified weights to sample from."""
+        return ActorReport(
+            version=self._sampling_version,
+            num_wanted=self._engine.num_groups_wanted if self._sampling_version >= 0 else 0,
+            tickets=self._port.held_tickets(),
+            busy_seconds=self._engine.busy_seconds,
+            elapsed_seconds=self._monotonic() - self._started,
+            num_tokens=self._engine.num_tokens,
+            doing=f"generating {len(self._serving)} groups" if self._serving else "waiting for a ticket",
+        )
+
+    async def run(self) -> None:
+        """Work until the run ends. Raises what cannot be mended here (PeerError, WeightsError, ...)."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                updates = group.create_task(self._keep_up())
+                workers = [group.create_task(self._serve()) for _ in range(self._engine.num_groups_wanted)]
+                await asyncio.wait(workers)
+                updates.cancel()
+        finally:
+            await self._port.leave()
+            await self._engine.close()
+
+    async def _keep_up(self) -> None:
+        """The update loop.
+
+        consumes:     announcements of versions
+          waits for:    a version other than the one held
+          unblocked by: the broker
+        produces:     verified weights in the engine, and a report that says so
+          waits for:    the engine to reach the next token
+        """
+        while await self._port.new_version(self._weights.number) is not None:
+            found = await self._weights.advance()
+            if found is None:
+                continue
+            version, weights = found
+            try:
+                await self._engine.update(version, weights)
+            except WeightsError as error:
+                log.warning("the engine refused version %d: %s", version.number, error)
+                await self._engine.update(version, weights)
+            self._sampling_version = version.number
+            self._port.report_now()
+
+    async def _serve(self) -> None:
+        """A worker.
+
+        consumes:     tickets
+          waits for:    the next ticket
+          unblocked by: the broker, when pacing allows
+        produces:     groups, or failures with a reason
+          waits for:    the engine, the scorer, and credit for unacknowledged results
+        """
+        while (ticket := await self._port.next_ticket()) is not None:
+            self._serving.add(ticket.number)
+            try:
+                group = await self._make_group(ticket)
+            except (EngineError, TaskError) as error:
+                log.warning("ticket %d failed: %s", ticket.number, error)
+                await self._port.fail(ticket, str(error))
+            else:
+                await self._port.submit(group, ticket.attempt)
+            finally:
+                self._serving.discard(ticket.number)
+
+    async def _make_group(self, ticket: WireTicket) -> Group:
+        problem = self._task.train(ticket.prompt)
+        prompt_ids = encode_prompt(self._tokenizer, problem)
+        request = GenerationRequest(
+            prompt_ids,
+            self._rollout.group_size,
+            self._rollout.max_tokens,
+            self._rollout.temperature,
+            ticket.seed,
+            self._stop_ids,
+        )
+        completions = await self._engine.generate(request)
+        rewards = await asyncio.to_thread(self._score, problem, completions)
+        return Group(
+            ticket=ticket.number,
+            prompt=ticket.prompt,
+            seed=ticket.seed,
+            actor=self._name,
+            engine=self._engine.name,
+            prompt_ids=np.array(prompt_ids, np.int32),
+            num_tokens=np.array([completion.token_ids.size for completion in completions], np.int32),
+            token_ids=np.concatenate([completion.token_ids for completion in completions]),
+            logprobs=np.concatenate([completion.logprobs for completion in completions]),
+            versions=np.concatenate([completion.versions for completion in completions]),
+            rewards=np.array(rewards, np.float32),
+            finish=np.array([completion.finish for completion in completions], np.uint8),
+        )
+
+    def _score(self, problem: Problem, completions: list[Completion]) -> list[float]:
+        texts = [self._tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True) for c in completions]
+        return [score(self._task, problem, text) for text in texts]

@@ -1,0 +1,143 @@
+"""The summary of a run, from its journal alone. The field names are stable; docs/operations.md explains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from analysis.recount import recount
+from protocol import facts
+from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What a run came to. Held-out rewards are means over prompts, lags count groups over steps, busy shares are of a role's own time."""
+
+    run: str
+    outcome: str
+    steps: int
+    wall_seconds: float
+    heldout_reward_before: float | None
+    heldout_reward_after: float | None
+    training_reward_first: float | None
+    training_reward_last: float | None
+    max_lag: int
+    largest_lag: int
+    lags: dict[int, int]
+    lags_by_ledger: dict[int, int]
+    largest_lag_by_learner: int
+    tickets_issued: int
+    tickets_open: int
+    tickets_consumed: int
+    tickets_expired: int
+    tickets_failed: int
+    tickets_void: int
+    tickets_reissued: int
+    results_refused: dict[str, int]
+    broken_promises: list[str]
+    publications: int
+    publication_bytes: float | None
+    publication_bytes_full: int
+    learner_busy_share: float | None
+    actor_busy_share: float | None
+    num_actors_seen: int
+    num_sampled_tokens: int
+    groups_trained: int
+
+
+def summarize(run: Path) -> Summary:
+    """The summary of the run in a directory. Raises JournalError."""
+    path = run / JOURNAL_NAME
+    connection = open_read_only(path)
+    try:
+        entries = list(read_facts(connection, path))
+        (num_tokens,) = connection.execute("SELECT coalesce(sum(num_tokens), 0) FROM groups").fetchone()
+    finally:
+        connection.close()
+    history = [entry.fact for entry in entries]
+    steps = [fact for fact in history if isinstance(fact, facts.StepCommitted)]
+    rewards = [fact.metrics["reward"] for fact in steps if "reward" in fact.metrics]
+    heldout = [fact.reward for fact in history if isinstance(fact, facts.Evaluated)]
+    versions = [fact for fact in history if isinstance(fact, facts.VersionPublished)]
+    tenth = max(1, len(rewards) // 10)
+    count = recount(path)
+    return Summary(
+        run=run.resolve().name,
+        outcome=_outcome(history),
+        steps=max((fact.step + 1 for fact in steps), default=0),
+        wall_seconds=round(entries[-1].time - entries[0].time, 3) if entries else 0.0,
+        heldout_reward_before=heldout[0] if heldout else None,
+        heldout_reward_after=heldout[-1] if heldout else None,
+        training_reward_first=_mean(rewards[:tenth]),
+        training_reward_last=_mean(rewards[-tenth:]),
+        max_lag=count.pacing.max_lag,
+        largest_lag=count.largest_lag,
+        lags=dict(sorted(count.lags.items())),
+        lags_by_ledger=dict(sorted(count.ledger_lags.items())),
+        largest_lag_by_learner=count.learner_largest_lag,
+        tickets_issued=len(count.issued),
+        tickets_open=count.num_open,
+        tickets_consumed=len(count.consumed),
+        tickets_expired=count.num_ended("expired"),
+        tickets_failed=count.num_ended("failed"),
+        tickets_void=count.num_ended("void"),
+        tickets_reissued=count.num_reissued,
+        results_refused=dict(count.refused),
+        broken_promises=count.broken,
+        publications=len(versions),
+        publication_bytes=_mean([float(fact.delta.size) for fact in versions if fact.delta is not None]),
+        publication_bytes_full=versions[-1].full_bytes if versions else 0,
+        learner_busy_share=_learner_busy(history),
+        actor_busy_share=_actor_busy(history),
+        num_actors_seen=len({fact.actor for fact in history if isinstance(fact, facts.ActorJoined)}),
+        num_sampled_tokens=num_tokens,
+        groups_trained=len(count.consumed),
+    )
+
+
+def lines(summary: Summary) -> list[str]:
+    """The summary for a person."""
+    before, after = summary.heldout_reward_before, summary.heldout_reward_after
+    gain = f"{before:.3f} -> {after:.3f} ({after - before:+.3f})" if before is not None and after is not None else "not measured"
+    agree = "the three counts agree" if summary.lags == summary.lags_by_ledger and not summary.broken_promises else "THE COUNTS DISAGREE"
+    delta = summary.publication_bytes
+    share = f"{delta:.0f} B of {summary.publication_bytes_full} B, {summary.publication_bytes_full / delta:.1f}x smaller" if delta else "none"
+    return [
+        f"run              {summary.run}: {summary.outcome}, {summary.steps} steps in {summary.wall_seconds:.0f} s",
+        f"held-out reward  {gain}",
+        f"lag              largest {summary.largest_lag}, S = {summary.max_lag}; {agree}: {summary.lags}",
+        f"tickets          {summary.tickets_issued} issued = {summary.tickets_consumed} consumed + {summary.tickets_expired} expired + "
+        f"{summary.tickets_failed} failed + {summary.tickets_void} void + {summary.tickets_open} open",
+        f"publications     {summary.publications}, mean delta {share}",
+        f"busy             learner {_percent(summary.learner_busy_share)}, actors {_percent(summary.actor_busy_share)}",
+        *(f"BROKEN PROMISE   {text}" for text in summary.broken_promises),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.0%}"
+
+
+def _outcome(history: list[facts.AnyFact]) -> str:
+    ends = [fact for fact in history if isinstance(fact, facts.RunEnded)]
+    stops = [fact.reason for fact in history if isinstance(fact, facts.RunStopping)]
+    if not ends:
+        return "not ended"
+    return f"halted: {ends[-1].halted}" if ends[-1].halted else stops[-1]
+
+
+def _learner_busy(history: list[facts.AnyFact]) -> float | None:
+    ends = [fact.summary for fact in history if isinstance(fact, facts.LearnerFinished)]
+    return ends[-1]["busy_seconds"] / ends[-1]["elapsed_seconds"] if ends and ends[-1].get("elapsed_seconds") else None
+
+
+def _actor_busy(history: list[facts.AnyFact]) -> float | None:
+    """Busy seconds of all actors over their seconds of presence, as they reported them when they left."""
+    left = [fact for fact in history if isinstance(fact, facts.ActorLeft)]
+    elapsed = sum(fact.elapsed_seconds for fact in left)
+    return sum(fact.busy_seconds for fact in left) / elapsed if elapsed else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,112 @@
+"""Writing the journal: facts and payloads into SQLite, committed together.
+
+Invariant: what `commit` has returned from survives a crash of process and machine (WAL, synchronous=FULL); nothing is acknowledged before that.
+A failed commit is never retried: the exception ends the process, and the next one starts from what is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import blake3
+import msgspec
+
+from protocol import facts
+from protocol.errors import JournalCommitFailed
+from protocol.journal import FORMAT_VERSION, SCHEMA, JournalEntry, check_format, read_facts, read_payload
+
+
+class Journal:
+    """The journal of one run, open for writing by one process."""
+
+    def __init__(self, path: Path, run: str, config: str) -> None:
+        """Open the journal at `path`, or make it for `run` with its resolved configuration."""
+        self.path = path
+        is_new = not path.exists()
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        self._pending = False
+        try:
+            if is_new:
+                self._connection.execute("PRAGMA page_size = 16384")
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            if is_new:
+                self._create(run, config)
+            check_format(self._connection, path)
+            (self._lsn,) = self._connection.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
+        except sqlite3.Error as error:
+            raise JournalCommitFailed(path, str(error)) from error
+
+    def _create(self, run: str, config: str) -> None:
+        self._connection.executescript(f"BEGIN; {SCHEMA}; COMMIT")
+        values = [("format", str(FORMAT_VERSION)), ("run", run), ("config", config)]
+        self._connection.executemany("INSERT INTO meta VALUES (?, ?)", values)
+
+    def entries(self) -> list[JournalEntry]:
+        """All facts written before, in order."""
+        return list(read_facts(self._connection, self.path))
+
+    def append(self, fact: facts.AnyFact, payload: bytes, wall: float) -> None:
+        """Add a fact (and a group's payload) to the open transaction. `wall` is seconds since 1970."""
+        try:
+            if not self._pending:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._pending = True
+            self._lsn += 1
+            body = msgspec.json.encode(fact).decode()
+            self._connection.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (self._lsn, wall, type(fact).__name__, body))
+            self._lay_out(fact, payload)
+        except sqlite3.Error as error:
+            raise JournalCommitFailed(self.path, str(error)) from error
+
+    def commit(self) -> None:
+        """Make everything appended durable. Raises JournalCommitFailed, after which this object is of no more use."""
+        if not self._pending:
+            return
+        try:
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise JournalCommitFailed(self.path, str(error)) from error
+        self._pending = False
+
+    def payload(self, ticket: int) -> bytes | None:
+        """The payload of the group accepted last for `ticket`, None if there is none."""
+        return read_payload(self._connection, self.path, ticket)
+
+    def close(self) -> None:
+        """Release the file. What was appended and not committed is forgotten."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+
+    def _lay_out(self, fact: facts.AnyFact, payload: bytes) -> None:
+        """The same fact in the table that is made for questions about it."""
+        row: tuple[Any, ...]
+        match fact:
+            case facts.GroupAccepted():
+                row = (
+                    self._lsn, fact.ticket, fact.attempt, fact.actor, fact.epoch, fact.oldest_version, fact.newest_version,
+                    fact.oldest_step, fact.num_tokens, fact.reward, payload, blake3.blake3(payload).digest(),
+                )  # fmt: skip
+                self._insert("groups", row)
+            case facts.BatchFormed():
+                self._insert("batches", (fact.batch, self._lsn, fact.step, _json(fact.tickets)))
+            case facts.StepCommitted():
+                row = (self._lsn, fact.step, fact.lineage, fact.batch, max(fact.lags), _json(fact.lags), _json(fact.metrics))
+                self._insert("steps", row)
+            case facts.VersionPublished(version=version, delta=delta, snapshot=snapshot):
+                row = (
+                    version.number, self._lsn, version.step, version.lineage, version.root, fact.parent,
+                    delta and delta.digest, delta and delta.size, snapshot and snapshot.digest, snapshot and snapshot.size,
+                    fact.full_bytes, fact.bound_bytes,
+                )  # fmt: skip
+                self._insert("versions", row)
+
+    def _insert(self, table: str, row: tuple[Any, ...]) -> None:
+        self._connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

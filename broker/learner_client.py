@@ -1,0 +1,242 @@
+"""The learner's port over ZeroMQ, blocking.
+
+Invariant: every request may be sent any number of times with the effect of once, so a request without an answer is simply sent again.
+A second connection carries heartbeats from a thread of its own, because the first is silent while the learner computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import Any, TypeVar
+
+import zmq
+
+from broker.blob_client import BlobClient
+from broker.core import LEARNER
+from broker.keys import KeyFile
+from broker.server import make_identity
+from broker.sockets import Channel, client_socket, endpoint, wait_connected
+from protocol import codec, messages
+from protocol.errors import BrokerUnreachable, IncompatiblePeer, MalformedFrame, RequestRefused
+from protocol.messages import HEARTBEAT_SECONDS, PROTOCOL_VERSION
+from protocol.ports import ReceivedBatch
+from protocol.weights import BlobRef
+
+log = logging.getLogger("learner")
+CONNECT_SECONDS = 20.0
+RESEND_SECONDS = 1.0
+GONE_SECONDS = 300.0
+GROUP_CREDIT = 16
+"""Payloads asked for ahead."""
+
+R = TypeVar("R", bound=messages.Message)
+
+
+class LearnerClient:
+    """Implements protocol.ports.LearnerPort."""
+
+    def __init__(self, address: str, key: KeyFile) -> None:
+        """Connect. Raises BrokerUnreachable or AccessRefused."""
+        self._address = address
+        self._session = os.urandom(6).hex()
+        self._context: zmq.Context[Any] = zmq.Context()
+        identity = make_identity(LEARNER, self._session)
+        self._socket = client_socket(self._context, address, Channel.LEARNER, key, identity)
+        try:
+            wait_connected(self._socket, address, Channel.LEARNER, "learner", CONNECT_SECONDS)
+        except BaseException:
+            self._socket.close(linger=0)
+            self._context.term()
+            raise
+        self._blobs = BlobClient(self._context, address, key, identity)
+        self._activity = _Activity(self._session)
+        self._heartbeat = _Heartbeat(self._context, address, key, self._activity)
+        self._heartbeat.start()
+        self._stop: messages.Stop | None = None
+
+    def run_info(self) -> messages.RunInfo:
+        """What run this is. Raises IncompatiblePeer."""
+        info = self._request(messages.GetRun(), messages.RunInfo, "the run's description")
+        if info.protocol != PROTOCOL_VERSION:
+            raise IncompatiblePeer(PROTOCOL_VERSION, info.protocol)
+        return info
+
+    def fetch(self, blob: BlobRef) -> bytes:
+        """A blob's bytes, verified."""
+        return self._blobs.get(blob)
+
+    def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
+        self._activity.step = step
+        return self._request(
+            messages.LearnerHello(PROTOCOL_VERSION, self._session, step, world_size), messages.LearnerWelcome, "the welcome"
+        )
+
+    def next_batch(self, step: int) -> ReceivedBatch | None:
+        self._activity.step = step
+        if self._stop is not None:
+            return None
+        ready = self._request_or_stop(messages.NextBatch(step), messages.BatchReady, f"the batch of step {step}")
+        if ready is None:
+            return None
+        return ReceivedBatch(ready.batch, self._fetch_groups(ready.tickets), ready.version_steps)
+
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
+        request = messages.CommitStep(step, batch, lags, metrics)
+        self._request(request, messages.Committed, f"the commit of step {step}", lambda answer: answer.step == step)
+
+    def put_blob(self, data: bytes) -> BlobRef:
+        return self._blobs.put(data)
+
+    def publish(self, publication: messages.Publish) -> messages.Published:
+        step = publication.version.step
+        return self._request(
+            publication, messages.Published, f"the publication of step {step}", lambda answer: answer.step == step
+        )
+
+    def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
+        self._send(messages.Evaluation(step, reward, num_prompts))
+
+    def doing(self, text: str) -> None:
+        self._activity.change(text)
+
+    def done(self, step: int, summary: dict[str, float]) -> None:
+        self._request(messages.LearnerDone(step, summary), messages.Goodbye, "the goodbye")
+
+    def close(self) -> None:
+        self._heartbeat.stop()
+        self._blobs.close()
+        self._socket.close(linger=200)
+        self._context.term()
+
+    # --- requests
+
+    def _fetch_groups(self, tickets: list[int]) -> list[bytes]:
+        """The payloads of `tickets`, with GROUP_CREDIT requests under way at most."""
+        payloads: dict[int, bytes] = {}
+        asked: set[int] = set()
+        heard_at = time.monotonic()
+        while len(payloads) < len(tickets):
+            wanted = [ticket for ticket in tickets if ticket not in payloads and ticket not in asked]
+            for ticket in wanted[: GROUP_CREDIT - len(asked)]:
+                self._send(messages.GetGroup(ticket))
+                asked.add(ticket)
+            received = self._receive(RESEND_SECONDS, "groups", heard_at)
+            if received is None:
+                asked.clear()
+                continue
+            heard_at = time.monotonic()
+            message, payload = received
+            if isinstance(message, messages.GroupData):
+                payloads[message.ticket] = bytes(payload)
+                asked.discard(message.ticket)
+            self._note(message)
+        return [payloads[ticket] for ticket in tickets]
+
+    def _request(self, request: messages.Message, answer: type[R], waiting_for: str, fits: Any = None) -> R:
+        found = self._exchange(request, answer, waiting_for, fits, stop_ends=False)
+        assert found is not None
+        return found
+
+    def _request_or_stop(self, request: messages.Message, answer: type[R], waiting_for: str) -> R | None:
+        return self._exchange(request, answer, waiting_for, None, stop_ends=True)
+
+    def _exchange(self, request: messages.Message, answer: type[R], waiting_for: str, fits: Any, *, stop_ends: bool) -> R | None:
+        """Send `request` until an `answer` comes. With `stop_ends`, None once the broker says stop."""
+        self._send(request)
+        sent_at = heard_at = time.monotonic()
+        while not (stop_ends and self._stop is not None):
+            received = self._receive(RESEND_SECONDS, waiting_for, heard_at)
+            if received is not None:
+                heard_at = time.monotonic()
+                message, _ = received
+                if isinstance(message, answer) and (fits is None or fits(message)):
+                    return message
+                self._note(message)
+            if time.monotonic() - sent_at >= RESEND_SECONDS:
+                self._send(request)
+                sent_at = time.monotonic()
+        return None
+
+    def _note(self, message: messages.ToLearner) -> None:
+        """Take in what was not the answer waited for."""
+        match message:
+            case messages.Stop():
+                self._stop = message
+            case messages.HelloRefused(reason, protocol):
+                if protocol != PROTOCOL_VERSION:
+                    raise IncompatiblePeer(PROTOCOL_VERSION, protocol)
+                raise RequestRefused("hello", reason)
+            case messages.LearnerRefused(request, reason):
+                raise RequestRefused(request, reason)
+            case messages.BatchPending():
+                self._activity.waiting_for = message.waiting_for
+
+    def _receive(
+        self, seconds: float, waiting_for: str, heard_at: float
+    ) -> tuple[messages.ToLearner, bytes | memoryview] | None:
+        """The next message within `seconds`. Raises BrokerUnreachable once the broker has been silent for too long."""
+        if self._socket.poll(int(seconds * 1000)):
+            try:
+                return codec.to_learner.decode(self._socket.recv_multipart())
+            except MalformedFrame as error:
+                log.warning("ignored a message of the broker: %s", error)
+                return None
+        silent = time.monotonic() - heard_at
+        if silent > 5 * RESEND_SECONDS:
+            log.warning("waiting for %s, the broker at %s was last heard %.0f s ago", waiting_for, self._address, silent)
+        if silent > GONE_SECONDS:
+            raise BrokerUnreachable(self._address, silent, waiting_for)
+        return None
+
+    def _send(self, message: messages.Message) -> None:
+        """Send, or drop if the broker is away: requests are repeated."""
+        if self._socket.poll(100, zmq.POLLOUT):
+            self._socket.send_multipart(codec.encode(message))
+
+
+class _Activity:
+    """What the learner is doing, and for what share of the time it was busy."""
+
+    def __init__(self, session: str) -> None:
+        self.session, self.step, self.waiting_for = session, 0, ""
+        self._text, self._since = "", time.monotonic()
+        self._started, self._busy = self._since, 0.0
+        self._lock = threading.Lock()
+
+    def change(self, text: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._text:
+                self._busy += now - self._since
+            self._text, self._since = text, now
+
+    def report(self) -> messages.LearnerReport:
+        with self._lock:
+            now = time.monotonic()
+            busy = self._busy + (now - self._since if self._text else 0.0)
+            doing = self._text or f"waiting for {now - self._since:.1f} s: {self.waiting_for or 'the broker'}"
+            return messages.LearnerReport(self.session, self.step, busy, now - self._started, doing[:4096])
+
+
+class _Heartbeat(threading.Thread):
+    """Sends a report every second on a connection of its own, until stopped."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, key: KeyFile, activity: _Activity) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._activity, self._stopped = activity, threading.Event()
+        identity = make_identity("heartbeat", activity.session)
+        self._socket = client_socket(context, address, Channel.LEARNER, key, identity)
+        self._socket.connect(endpoint(address, Channel.LEARNER))
+
+    def run(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            if self._socket.poll(0, zmq.POLLOUT):
+                self._socket.send_multipart(codec.encode(self._activity.report()))
+        self._socket.close(linger=0)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()

@@ -1,0 +1,223 @@
+"""The same ports without sockets: broker, actors and learner in one process and one event loop.
+
+The learner's calls block, so while it waits for a batch it turns the event loop in which the actors live. Everything else, journal and
+blobs included, is the broker that the socket server runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from broker.core import LEARNER, Broker, actor_peer
+from broker.session import ActorSession, Result
+from protocol import messages
+from protocol.errors import IncompatiblePeer, RequestRefused
+from protocol.groups import Group, encode_group
+from protocol.messages import PROTOCOL_VERSION, ActorReport, WireTicket
+from protocol.ports import Clock, ReceivedBatch
+from protocol.weights import BlobRef, PolicyVersion
+
+TURN_SECONDS = 0.002
+"""How long the learner lets the event loop turn before it asks again."""
+
+R = TypeVar("R", bound=messages.Message)
+
+
+class MemoryBroker:
+    """A broker and the mailboxes of the peers beside it in the process."""
+
+    def __init__(self, broker: Broker, clock: Clock) -> None:
+        self.broker, self._clock = broker, clock
+        self._actors: dict[tuple[str, str], MemoryActorPort] = {}
+        self.learner: MemoryLearnerPort | None = None
+
+    def actor_port(self, name: str) -> MemoryActorPort:
+        """A port for one actor."""
+        port = MemoryActorPort(self, name)
+        self._actors[name, port.epoch] = port
+        return port
+
+    def learner_port(self, loop: asyncio.AbstractEventLoop, check: Callable[[], None]) -> MemoryLearnerPort:
+        """The learner's port; while it waits it turns `loop`, and calls `check`, which raises if waiting has become useless."""
+        self.learner = MemoryLearnerPort(self, loop, check)
+        return self.learner
+
+    def from_actor(self, port: MemoryActorPort, message: messages.ActorMessage, payload: bytes = b"") -> None:
+        """Carry a message from an actor to the broker, and everything that follows to where it belongs."""
+        self.broker.actor_message(port.name, port.epoch, message, payload, self._clock.monotonic(), self._clock.wall())
+        self._deliver()
+
+    def from_learner(self, session: str, message: messages.LearnerMessage) -> None:
+        """Carry a message from the learner to the broker."""
+        self.broker.learner_message(session, message, self._clock.monotonic(), self._clock.wall())
+        self._deliver()
+
+    def _deliver(self) -> None:
+        for outgoing in self.broker.flush():
+            if outgoing.peer == LEARNER:
+                if self.learner is not None and self.learner.session == outgoing.session:
+                    self.learner.inbox.append((outgoing.message, outgoing.payload))
+                continue
+            port = self._actors.get((outgoing.peer.removeprefix(actor_peer("")), outgoing.session))
+            if port is not None:
+                port.receive(outgoing.message)
+
+
+class MemoryActorPort:
+    """Implements protocol.ports.ActorPort."""
+
+    def __init__(self, memory: MemoryBroker, name: str) -> None:
+        self._memory, self.name = memory, name
+        self.epoch = os.urandom(6).hex()
+        self._session = ActorSession()
+        self._changed = asyncio.Event()
+        self._failure: Exception | None = None
+        self._report: Callable[[], ActorReport] | None = None
+
+    @property
+    def newest(self) -> PolicyVersion | None:
+        return self._session.newest
+
+    @property
+    def stopping(self) -> str:
+        return self._session.stopping
+
+    def held_tickets(self) -> list[int]:
+        return self._session.held()
+
+    def receive(self, message: messages.Message) -> None:
+        """A message of the broker."""
+        try:
+            self._session.receive(message)  # type: ignore[arg-type]
+        except (IncompatiblePeer, RequestRefused) as error:
+            self._failure = error
+        self._changed.set()
+
+    async def join(self, engine: str, report: Callable[[], ActorReport]) -> messages.ActorWelcome:
+        self._report = report
+        hello = messages.ActorHello(PROTOCOL_VERSION, self.name, self.epoch, engine, "memory", os.getpid(), [])
+        self._memory.from_actor(self, hello)
+        await self._until(lambda: self._session.welcome is not None)
+        assert self._session.welcome is not None
+        self.report_now()
+        return self._session.welcome
+
+    def report_now(self) -> None:
+        if self._report is not None:
+            self._memory.from_actor(self, self._report())
+
+    async def next_ticket(self) -> WireTicket | None:
+        self.report_now()
+        await self._until(lambda: bool(self._session.tickets or self._session.stopping))
+        return self._session.tickets.popleft() if self._session.tickets and not self._session.stopping else None
+
+    async def new_version(self, held: int) -> PolicyVersion | None:
+        session = self._session
+        await self._until(
+            lambda: bool(session.stopping) or (session.newest is not None and session.newest.number != held)
+        )
+        return None if session.stopping else session.newest
+
+    async def submit(self, group: Group, attempt: int) -> None:
+        self._hand_in(self._session.finish(group.ticket, attempt, encode_group(group)))
+
+    async def fail(self, ticket: WireTicket, reason: str) -> None:
+        self._hand_in(self._session.fail(ticket.number, ticket.attempt, reason))
+
+    def _hand_in(self, result: Result) -> None:
+        self._memory.from_actor(self, result.message, result.payload)
+
+    async def route(self, held: int) -> messages.Route:
+        self._session.route = None
+        self._memory.from_actor(self, messages.GetRoute(held))
+        assert self._session.route is not None
+        return self._session.route
+
+    async def fetch(self, blob: BlobRef) -> bytes:
+        data = self._memory.broker.blobs.read(blob.digest)
+        if data is None:
+            raise RequestRefused(f"blob {blob.digest[:16]}", "the store does not have it")
+        return data
+
+    async def leave(self) -> None:
+        self._memory.from_actor(self, messages.ActorBye())
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a change. A heartbeat each second keeps the lease, as over sockets."""
+        while not condition():
+            if self._failure is not None:
+                raise self._failure
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(messages.HEARTBEAT_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                self.report_now()
+
+
+class MemoryLearnerPort:
+    """Implements protocol.ports.LearnerPort."""
+
+    def __init__(self, memory: MemoryBroker, loop: asyncio.AbstractEventLoop, check: Callable[[], None]) -> None:
+        self._memory, self._loop, self._check = memory, loop, check
+        self.session = os.urandom(6).hex()
+        self.inbox: list[tuple[messages.Message, bytes]] = []
+
+    def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
+        return self._ask(
+            messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size), messages.LearnerWelcome
+        )
+
+    def next_batch(self, step: int) -> ReceivedBatch | None:
+        while True:
+            self._memory.from_learner(self.session, messages.NextBatch(step))
+            for message, _ in self._take():
+                if isinstance(message, messages.Stop):
+                    return None
+                if isinstance(message, messages.BatchReady):
+                    payloads = [self._payload(ticket) for ticket in message.tickets]
+                    return ReceivedBatch(message.batch, payloads, message.version_steps)
+            self._check()
+            self._loop.run_until_complete(asyncio.sleep(TURN_SECONDS))
+
+    def _payload(self, ticket: int) -> bytes:
+        self._memory.from_learner(self.session, messages.GetGroup(ticket))
+        return next(payload for message, payload in self._take() if isinstance(message, messages.GroupData))
+
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
+        self._ask(messages.CommitStep(step, batch, lags, metrics), messages.Committed)
+
+    def put_blob(self, data: bytes) -> BlobRef:
+        return self._memory.broker.blobs.add(data)
+
+    def publish(self, publication: messages.Publish) -> messages.Published:
+        return self._ask(publication, messages.Published)
+
+    def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
+        self._memory.from_learner(self.session, messages.Evaluation(step, reward, num_prompts))
+
+    def doing(self, text: str) -> None:
+        del text
+
+    def done(self, step: int, summary: dict[str, float]) -> None:
+        self._ask(messages.LearnerDone(step, summary), messages.Goodbye)
+
+    def close(self) -> None:
+        pass
+
+    def _ask(self, request: messages.LearnerMessage, answer: type[R]) -> R:
+        self._memory.from_learner(self.session, request)
+        for message, _ in self._take():
+            if isinstance(message, answer):
+                return message
+        raise RequestRefused(type(request).__name__, "no answer")
+
+    def _take(self) -> list[tuple[messages.Message, bytes]]:
+        taken, self.inbox = self.inbox, []
+        for message, _ in taken:
+            if isinstance(message, messages.LearnerRefused):
+                raise RequestRefused(message.request, message.reason)
+        return taken

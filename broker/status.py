@@ -1,0 +1,148 @@
+"""What a person wants to know about a run, kept up from facts and heartbeats.
+
+Invariant: nothing here decides anything; forgetting it all would change no promise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from broker.ledger import Ledger
+from protocol import facts, messages
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Tokens per second of one peer between its last two heartbeats at least a second apart."""
+
+    num_tokens: int = 0
+    at: float = 0.0
+    per_second: float = 0.0
+
+    def observe(self, num_tokens: int, now: float) -> None:
+        if now - self.at >= 1.0:
+            elapsed = now - self.at
+            self.per_second = max(0, num_tokens - self.num_tokens) / elapsed if self.at else 0.0
+            self.num_tokens, self.at = num_tokens, now
+
+
+class StatusBook:
+    """The status of one run."""
+
+    def __init__(self, run: str, num_steps: int, now: float) -> None:
+        self._run, self._num_steps, self._started = run, num_steps, now
+        self._rates: dict[str, _Rate] = {}
+        self._learner: messages.LearnerReport | None = None
+        self._learner_seen = now
+        self._delta_bytes = self._full_bytes = 0
+        self.num_facts = 0
+
+    def observe(self, fact: facts.AnyFact, wall: float) -> None:
+        """A fact was recorded, now or in an earlier life of the broker."""
+        del wall
+        self.num_facts += 1
+        if isinstance(fact, facts.VersionPublished):
+            self._full_bytes = fact.full_bytes
+            if fact.delta is not None:
+                self._delta_bytes = fact.delta.size
+
+    def actor_reported(self, actor: str, report: messages.ActorReport, now: float) -> None:
+        """A heartbeat of an actor."""
+        self._rates.setdefault(actor, _Rate()).observe(report.num_tokens, now)
+
+    def learner_reported(self, report: messages.LearnerReport, now: float) -> None:
+        """A heartbeat of the learner."""
+        self._learner, self._learner_seen = report, now
+
+    def status(self, ledger: Ledger, now: float) -> messages.RunStatus:
+        """The state of the run at `now`."""
+        progress, counts = ledger.progress, ledger.tickets.counts
+        newest = ledger.versions.newest
+        return messages.RunStatus(
+            run=self._run,
+            phase=_phase(ledger),
+            step=progress.step,
+            num_steps=self._num_steps,
+            max_lag=ledger.pacing.max_lag,
+            elapsed_seconds=now - self._started,
+            issued=counts.issued,
+            outstanding=counts.outstanding,
+            queued=counts.queued,
+            consumed=counts.consumed,
+            expired=counts.expired,
+            failed=counts.failed,
+            void=counts.void,
+            refused=dict(progress.refused + ledger.noise),
+            lags=dict(sorted(progress.lags.items())),
+            largest_lag=max(progress.lags, default=0),
+            num_versions=len(ledger.versions.by_number),
+            newest_step=newest.step if newest else -1,
+            delta_bytes=self._delta_bytes,
+            full_bytes=self._full_bytes,
+            actors=[self._actor(ledger, name, now) for name in sorted(ledger.actors)],
+            learner=self._learner_status(ledger, now),
+            desired_actors=ledger.desired_actors,
+            metrics=progress.metrics,
+            evaluations=progress.evaluations[-64:],
+            waits=self._waits(ledger, now),
+            halted=progress.halted,
+        )
+
+    def _actor(self, ledger: Ledger, name: str, now: float) -> messages.PeerStatus:
+        actor = ledger.actors[name]
+        report = actor.report
+        return messages.PeerStatus(
+            name=name,
+            host=actor.host,
+            engine=actor.engine,
+            version=actor.version,
+            step=ledger.versions.step_of(actor.version) or 0,
+            tickets=sorted(actor.tickets),
+            busy_share=report.busy_seconds / max(report.elapsed_seconds, 1e-9) if report else 0.0,
+            tokens_per_second=self._rates[name].per_second if name in self._rates else 0.0,
+            last_seen=now - actor.seen_at,
+            doing=report.doing if report else "starting",
+        )
+
+    def _learner_status(self, ledger: Ledger, now: float) -> messages.PeerStatus | None:
+        if ledger.learner is None:
+            return None
+        report = self._learner
+        return messages.PeerStatus(
+            name=f"learner ({ledger.learner.world_size} ranks)",
+            host="",
+            engine="",
+            version=-1,
+            step=report.step if report else ledger.progress.step,
+            tickets=[],
+            busy_share=report.busy_seconds / max(report.elapsed_seconds, 1e-9) if report else 0.0,
+            tokens_per_second=0.0,
+            last_seen=now - self._learner_seen,
+            doing=report.doing if report else "starting",
+        )
+
+    def _waits(self, ledger: Ledger, now: float) -> list[str]:
+        waits = []
+        learner = ledger.learner
+        if learner is None:
+            waits.append(f"everybody waits for the learner, for {now - self._started:.0f} s")
+        elif learner.waiting_step is not None:
+            since = now - learner.waiting_since
+            waits.append(f"learner waits for the batch of step {learner.waiting_step}, for {since:.1f} s: {ledger.why_waiting()}")
+        for actor in ledger.actors.values():
+            if not actor.tickets:
+                version = "a version" if actor.version < 0 else f"a version newer than {actor.version}"
+                seen = f"seen {now - actor.seen_at:.1f} s ago"
+                waits.append(f"{actor.name} waits for a ticket ({seen}); pacing may want {version} first")
+        return waits
+
+
+def _phase(ledger: Ledger) -> str:
+    progress = ledger.progress
+    if progress.halted:
+        return "halted"
+    if progress.ended:
+        return "finished"
+    if progress.stopping:
+        return "stopping"
+    return "training" if progress.lineage >= 0 else "starting"

@@ -1,0 +1,147 @@
+"""What a person sees while a run goes on: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from protocol.messages import PeerStatus, RunStatus
+
+PLAIN_SECONDS = 5.0
+
+
+class Pace:
+    """Steps per second, for the time left: an exponential mean over the time between observations."""
+
+    def __init__(self) -> None:
+        self._step, self._at, self._rate = -1, 0.0, 0.0
+
+    def seconds_left(self, status: RunStatus) -> float | None:
+        """Seconds until the last step at the present pace, None as long as there is no pace."""
+        if status.step > self._step >= 0:
+            rate = (status.step - self._step) / max(status.elapsed_seconds - self._at, 1e-3)
+            self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+        if status.step != self._step:
+            self._step, self._at = status.step, status.elapsed_seconds
+        return (status.num_steps - status.step) / self._rate if self._rate else None
+
+
+class Monitor:
+    """Shows statuses as they come. Use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._pace = Pace()
+        self._printed_at = -PLAIN_SECONDS
+        self._printed_step = -1
+
+    def __enter__(self) -> Monitor:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, markup=False, highlight=False)
+
+    def show(self, status: RunStatus) -> None:
+        """The present state of the run."""
+        left = self._pace.seconds_left(status)
+        if self._live is not None:
+            self._live.update(render(status, left))
+        elif status.step != self._printed_step and status.elapsed_seconds - self._printed_at >= PLAIN_SECONDS:
+            self._printed_at, self._printed_step = status.elapsed_seconds, status.step
+            self.say(plain_line(status, left))
+
+
+def plain_line(status: RunStatus, left: float | None) -> str:
+    """One line about the run."""
+    metrics = status.metrics
+    parts = [
+        f"step {status.step}/{status.num_steps}",
+        f"left {_duration(left)}",
+        f"reward {metrics.get('reward', float('nan')):.3f}",
+        f"held-out {_heldout(status)}",
+        f"lag {metrics.get('lag_mean', 0):.1f} (largest {status.largest_lag}, S {status.max_lag})",
+        f"tickets {status.outstanding} out, {status.queued} queued, {status.consumed} consumed",
+        f"{sum(actor.tokens_per_second for actor in status.actors):.0f} tokens/s",
+        f"delta {_size(status.delta_bytes)} of {_size(status.full_bytes)}",
+    ]
+    return ", ".join(parts)
+
+
+def render(status: RunStatus, left: float | None) -> RenderableType:
+    """The live view."""
+    metrics = status.metrics
+    top = Table.grid(padding=(0, 2))
+    top.add_column(justify="right", style="bold")
+    top.add_column()
+    progress = Table.grid(padding=(0, 1))
+    progress.add_row(
+        ProgressBar(total=status.num_steps, completed=status.step, width=40),
+        f"{status.step}/{status.num_steps}, {_duration(left)} left, {_duration(status.elapsed_seconds)} gone",
+    )
+    top.add_row(f"{status.run}", Text(status.phase, style="red" if status.halted else "green"))
+    top.add_row("step", progress)
+    top.add_row("reward", f"training {metrics.get('reward', float('nan')):.3f}   held-out {_heldout(status)}")
+    shares = "  ".join(f"{lag}: {count}" for lag, count in status.lags.items()) or "nothing trained on yet"
+    top.add_row("lag", f"groups trained on at each lag: {shares}   (S = {status.max_lag}, largest {status.largest_lag})")
+    top.add_row("tickets", _tickets(status))
+    top.add_row("weights", f"version of step {status.newest_step}, {_size(status.delta_bytes)} of {_size(status.full_bytes)} sent")
+    peers = Table(box=None, padding=(0, 2), header_style="dim")
+    for title in ("who", "sampling from step", "tickets", "tokens/s", "busy", "seen", "doing"):
+        peers.add_column(title)
+    if status.learner is not None:
+        _add_peer(peers, status.learner, is_learner=True)
+    for actor in status.actors:
+        _add_peer(peers, actor, is_learner=False)
+    waits = Text("\n".join(status.waits) or "nobody waits", style="dim")
+    return Group(top, peers, waits)
+
+
+def _add_peer(table: Table, peer: PeerStatus, *, is_learner: bool) -> None:
+    sampling = "" if is_learner else f"{peer.step}" if peer.version >= 0 else "none yet"
+    rate = "" if is_learner else f"{peer.tokens_per_second:.0f}"
+    tickets = "" if is_learner else " ".join(map(str, peer.tickets))
+    table.add_row(peer.name, sampling, tickets, rate, f"{peer.busy_share:.0%}", f"{peer.last_seen:.1f} s ago", peer.doing)
+
+
+def _tickets(status: RunStatus) -> str:
+    refused = ", ".join(f"{count} {reason}" for reason, count in status.refused.items())
+    return (
+        f"{status.issued} issued = {status.outstanding} outstanding + {status.queued} queued + {status.consumed} consumed"
+        f" + {status.expired} expired + {status.failed} failed + {status.void} void" + (f"   refused: {refused}" if refused else "")
+    )
+
+
+def _heldout(status: RunStatus) -> str:
+    if not status.evaluations:
+        return "not measured yet"
+    first, last = status.evaluations[0], status.evaluations[-1]
+    return f"{last[1]:.3f} at step {last[0]} (before: {first[1]:.3f})"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+

@@ -1,0 +1,153 @@
+"""Child processes: started, watched, restarted with backoff, given up with an explanation, and always ended.
+
+Invariant: every process started here is ended here, its whole process group with it, whatever happens to this one.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from protocol.errors import ConfigError, SlipstreamError
+
+CRASH_LOOP_COUNT = 5
+CRASH_LOOP_SECONDS = 60.0
+MAX_BACKOFF_SECONDS = 30.0
+TAIL_LINES = 15
+HOPELESS = frozenset({ConfigError.exit_code})
+"""Exit codes of errors that a restart cannot mend."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One supervised process. `restarts` says whether it is started again when it ends on its own."""
+
+    name: str
+    command: list[str]
+    restarts: bool
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    exit_code: int | None = None
+    exits: list[float] = field(default_factory=list)
+    restart_at: float | None = None
+    is_wanted: bool = True
+
+
+class Supervisor:
+    """The children of one `up`."""
+
+    def __init__(self, logs: Path, commands: Path, say: Callable[[str], None], monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._logs, self._commands, self._say, self._monotonic = logs, commands, say, monotonic
+        self.children: dict[str, Child] = {}
+
+    def start(self, child: Child) -> None:
+        """Start a child; its output goes to a log file of its name, its exact command to commands.sh."""
+        self.children[child.name] = child
+        child.is_wanted = True
+        with self._commands.open("a", encoding="utf-8") as file:
+            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in child.environment.items())
+            file.write(f"# {child.name}\n{settings} {shlex.join(child.command)}\n".lstrip())
+        self._spawn(child)
+
+    def _spawn(self, child: Child) -> None:
+        with (self._logs / f"{child.name}.log").open("ab") as log:
+            child.process = subprocess.Popen(
+                child.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | child.environment,
+                start_new_session=True,
+            )
+        child.exit_code, child.restart_at = None, None
+
+    def poll(self) -> None:
+        """Notice ends, and restart what is due. Raises SlipstreamError when a child cannot be kept running."""
+        for child in list(self.children.values()):
+            if child.process is not None and child.process.poll() is not None:
+                self._ended(child, child.process.returncode)
+            if child.restart_at is not None and self._monotonic() >= child.restart_at and child.is_wanted:
+                self._say(f"{child.name}: starting again")
+                self._spawn(child)
+
+    def _ended(self, child: Child, code: int) -> None:
+        end_group(child.process)
+        child.process, child.exit_code = None, code
+        if not child.is_wanted or code == 0 or not child.restarts:
+            return
+        now = self._monotonic()
+        child.exits = [moment for moment in child.exits if now - moment < CRASH_LOOP_SECONDS] + [now]
+        what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        if code in HOPELESS or len(child.exits) >= CRASH_LOOP_COUNT:
+            times = "" if code in HOPELESS else f", {len(child.exits)} times within {CRASH_LOOP_SECONDS:.0f} s"
+            raise SlipstreamError(f"{child.name} ended with {what}{times}. The end of its log:\n{self.tail(child.name)}")
+        backoff = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (len(child.exits) - 1))
+        child.restart_at = now + backoff
+        self._say(f"{child.name}: ended with {what}, starting again in {backoff:.1f} s")
+
+    def is_running(self, name: str) -> bool:
+        """Whether a child's process is there."""
+        child = self.children.get(name)
+        return child is not None and child.process is not None and child.process.poll() is None
+
+    def tail(self, name: str) -> str:
+        """The last lines of a child's log."""
+        try:
+            lines = (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return "(no log)"
+        return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+
+    def ask_to_end(self, name: str) -> None:
+        """Send SIGTERM and do not restart."""
+        child = self.children[name]
+        child.is_wanted, child.restart_at = False, None
+        if child.process is not None and child.process.poll() is None:
+            child.process.send_signal(signal.SIGTERM)
+
+    def wait(self, names: list[str], seconds: float) -> list[str]:
+        """Wait for children to end on their own; returns those that did not within `seconds`."""
+        deadline = self._monotonic() + seconds
+        for name in names:
+            process = self.children[name].process
+            if process is not None:
+                try:
+                    process.wait(max(0.01, deadline - self._monotonic()))
+                except subprocess.TimeoutExpired:
+                    continue
+                self.children[name].exit_code = process.returncode
+                end_group(process)
+        return [name for name in names if self.is_running(name)]
+
+    def end_all(self, seconds: float) -> None:
+        """End every child: SIGTERM, `seconds` of patience together, then SIGKILL to the whole process group."""
+        for name in self.children:
+            self.ask_to_end(name)
+        self.wait(list(self.children), seconds)
+        for child in self.children.values():
+            end_group(child.process)
+
+
+def end_group(process: subprocess.Popen[bytes] | None) -> None:
+    """Kill what is left of a process's tree and group. The group is the process's own, by start_new_session."""
+    if process is None:
+        return
+    if process.poll() is None:
+        try:
+            for descendant in psutil.Process(process.pid).children(recursive=True):
+                descendant.kill()
+        except psutil.NoSuchProcess:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

@@ -1,0 +1,270 @@
+"""The composition root: each role put together from its parts, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from broker.core import Broker
+from broker.keys import KeyFile, allowed_keys, load_key
+from deploy.rundir import RunDirectory, is_weights
+from protocol.config import Config, parse_config
+from protocol.errors import ConfigError, SlipstreamError
+from protocol.messages import ActorReport, ActorWelcome
+from protocol.ports import ActorPort
+
+log = logging.getLogger("deploy")
+
+
+class SystemClock:
+    """The machine's clocks. Implements protocol.ports.Clock."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def wall(self) -> float:
+        return time.time()
+
+
+def make_broker(run: RunDirectory) -> Broker:
+    """The broker of a run, recovered from its journal if there is one."""
+    manifest = run.manifest()
+    return Broker(
+        run.path, manifest.run, run.config(), manifest.num_prompts, manifest.policy_files, time.monotonic(), time.time()
+    )
+
+
+def serve_broker(run: RunDirectory, address: str | None) -> None:
+    """Run a broker until it is told to shut down. A broker that is started again listens where it did before."""
+    from broker.server import Server
+
+    key, allowed = load_key(run.keys / "broker.key"), allowed_keys(run.keys)
+    where = address or run.broker_address() or run.config().broker.address
+    server = Server(make_broker(run), where, key, allowed)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    run.announce_broker(server.address)
+    log.info("run %s: listening at %s", run.manifest().run, server.address)
+    server.serve()
+
+
+# --- actors
+
+
+def run_actor(address: str, key: KeyFile, name: str | None) -> None:
+    """Run one actor until the run ends. Address and key are all it needs."""
+    from broker.actor_client import ActorClient
+
+    asyncio.run(_run_actor(ActorClient(address, key, name or f"{platform.node() or 'actor'}-{os.getpid()}"), name))
+
+
+async def _run_actor(port: Any, name: str | None) -> None:
+    # Heavy imports come before the broker hears of us: they hold up the event loop, and with it the heartbeat.
+    from actor import transformers_engine  # noqa: F401
+
+    reporter = _Reporter(port)
+    welcome = await port.join("transformers", reporter)
+    with tempfile.TemporaryDirectory(prefix="slipstream-policy-") as folder:
+        actor = await build_actor(port, welcome, Path(folder), name or "actor")
+        reporter.report = actor.report
+        working = asyncio.ensure_future(actor.run())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, working.cancel)
+        try:
+            await working
+        except asyncio.CancelledError:
+            log.info("leaving; tickets in hand go back to the broker")
+
+
+class _Reporter:
+    """What an actor reports: nothing wanted until it is built, then what it says itself."""
+
+    def __init__(self, port: ActorPort) -> None:
+        self._port = port
+        self.report: Callable[[], ActorReport] | None = None
+
+    def __call__(self) -> ActorReport:
+        if self.report is not None:
+            return self.report()
+        return ActorReport(-1, 0, self._port.held_tickets(), 0.0, 0.0, 0, "building the engine")
+
+
+async def build_actor(port: ActorPort, welcome: ActorWelcome, folder: Path, name: str) -> Any:
+    """An actor from what the broker's welcome says; the policy's files are put in `folder`."""
+    from transformers import AutoTokenizer
+
+    from actor.loop import Actor
+    from actor.transformers_engine import TransformersEngine
+    from tasks.registry import load_task
+
+    config = parse_config_json(welcome.config)
+    for file in welcome.policy_files:
+        if not is_weights(file.name):
+            (folder / file.name).write_bytes(await port.fetch(file.blob))
+    settings = config.actor
+    engine = await asyncio.to_thread(
+        TransformersEngine, folder, settings.device, settings.threads, settings.groups_per_forward
+    )
+    tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, folder)
+    task = load_task(config.task.name, config.task.options)
+    return Actor(name, port, engine, task, tokenizer, stop_ids(folder, tokenizer), config.rollout)
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a completion, by the tokenizer and the policy's generation settings. Raises ConfigError if there are none."""
+    from transformers import GenerationConfig
+
+    from tasks.prompts import end_token
+
+    settings = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
+    return end_token(tokenizer, settings.eos_token_id if settings else None)
+
+
+def parse_config_json(text: str) -> Config:
+    """The configuration that the broker sent."""
+    import json
+
+    return parse_config(json.loads(text))
+
+
+# --- learner
+
+
+def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
+    """Put what a learner needs (configuration, run id, policy) in `folder`, from the broker alone."""
+    from broker.learner_client import LearnerClient
+    from deploy.rundir import RunManifest
+
+    client = LearnerClient(address, key)
+    try:
+        info = client.run_info()
+        policy = folder / "policy"
+        policy.mkdir(parents=True, exist_ok=True)
+        for file in info.policy_files:
+            target = policy / file.name
+            if not (target.exists() and target.stat().st_size == file.blob.size):
+                target.write_bytes(client.fetch(file.blob))
+    finally:
+        client.close()
+    manifest = RunManifest(info.run, "", str(policy.resolve()), 0, info.policy_files, {}, {})
+    RunDirectory(folder).create(parse_config_json(info.config), manifest)
+
+
+def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
+    """Run this process's rank of the learner, under torchrun or alone."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from broker.learner_client import LearnerClient
+    from learner.loop import Learner
+    from learner.ranks import OneRank, TorchRanks, under_torchrun
+    from tasks.registry import load_task
+
+    config, manifest = run.config(), run.manifest()
+    device = _learner_device(config)
+    torch.set_num_threads(config.learner.threads)
+    ranks = TorchRanks(device) if under_torchrun() else OneRank()
+    policy = Path(manifest.policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    learner = Learner(
+        config=config,
+        policy=policy,
+        run=manifest.run,
+        folder=run.checkpoints,
+        task=load_task(config.task.name, config.task.options),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(policy, tokenizer),
+        ranks=ranks,
+        port=LearnerClient(address, key) if ranks.rank == 0 else None,
+        device=device,
+    )
+    learner.run()
+    if isinstance(ranks, TorchRanks):
+        ranks.close()
+
+
+def _learner_device(config: Config) -> Any:
+    import torch
+
+    name = config.learner.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(name)
+
+
+# --- all in one process
+
+
+def run_serial(run: RunDirectory) -> None:
+    """The whole loop in one process and one event loop, over the in-memory ports: for debugging, and to compare with."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from broker.memory import MemoryBroker
+    from learner.loop import Learner
+    from learner.ranks import OneRank
+    from tasks.registry import load_task
+
+    config, manifest = run.config(), run.manifest()
+    if config.learner.ranks != 1:
+        raise ConfigError("learner.ranks", config.learner.ranks, "serial mode has one rank", "--set learner.ranks=1")
+    loop = asyncio.new_event_loop()
+    broker = make_broker(run)
+    memory = MemoryBroker(broker, SystemClock())
+    policy = Path(manifest.policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    actors: list[asyncio.Task[None]] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="slipstream-policy-") as folder:
+            for index in range(max(1, config.actor.num_actors)):
+                actors.append(loop.create_task(_serial_actor(memory.actor_port(f"actor-{index}"), Path(folder), f"actor-{index}")))
+            learner = Learner(
+                config=config,
+                policy=policy,
+                run=manifest.run,
+                folder=run.checkpoints,
+                task=load_task(config.task.name, config.task.options),
+                tokenizer=tokenizer,
+                stop_ids=stop_ids(policy, tokenizer),
+                ranks=OneRank(),
+                port=memory.learner_port(loop, lambda: _raise_failure(actors)),
+                device=torch.device("cpu") if config.learner.device == "auto" else torch.device(config.learner.device),
+            )
+            learner.run()
+            loop.run_until_complete(asyncio.wait_for(asyncio.gather(*actors), 60))
+    finally:
+        for task in actors:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*actors, return_exceptions=True))
+        loop.close()
+        broker.close()
+    if broker.ledger.progress.halted:
+        raise SlipstreamError(broker.ledger.progress.halted)
+
+
+async def _serial_actor(port: Any, folder: Path, name: str) -> None:
+    reporter = _Reporter(port)
+    welcome = await port.join("transformers", reporter)
+    actor = await build_actor(port, welcome, folder, name)
+    reporter.report = actor.report
+    await actor.run()
+
+
+def _raise_failure(actors: list[asyncio.Task[None]]) -> None:
+    """Let the failure of an actor end the learner's wait."""
+    for task in actors:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            raise error

@@ -1,0 +1,115 @@
+"""Checkpoints: everything a learner needs to go on as if it had not stopped.
+
+Invariant: a folder under its final name is complete; it gets that name by a rename after its bytes are on the disk.
+
+    step-00000050/
+        policy/                    config, tokenizer and fp32 weights, a Hugging Face folder that from_pretrained loads
+        optimizer.safetensors      AdamW's moments, named after the parameters
+        published.safetensors      the snapshot file of the bits published last
+        state.json                 step, run, and the version published last
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+
+from learner.publish import Published
+from protocol.delta import apply_file, encode_snapshot
+from protocol.errors import CheckpointError
+from protocol.weights import PolicyVersion
+
+NUM_KEPT = 3
+"""Older checkpoints are removed."""
+
+
+class CheckpointState(msgspec.Struct, frozen=True):
+    """The small part of a checkpoint."""
+
+    run: str
+    step: int
+    version: PolicyVersion
+    bytes_since_snapshot: int
+
+
+def save_checkpoint(folder: Path, run: str, step: int, trainer: Any, published: Published, tokenizer: Any) -> Path:
+    """Write the checkpoint of theta_step below `folder` and remove old ones."""
+    final = folder / f"step-{step:08d}"
+    if final.exists():
+        return final
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    trainer.model.save_pretrained(partial / "policy")
+    tokenizer.save_pretrained(partial / "policy")
+    save_file(_moments(trainer), partial / "optimizer.safetensors")
+    snapshot = encode_snapshot(run, published.weights, published.version)
+    (partial / "published.safetensors").write_bytes(snapshot)
+    state = CheckpointState(run, step, published.version, published.bytes_since_snapshot)
+    (partial / "state.json").write_bytes(msgspec.json.encode(state))
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    partial.rename(final)
+    _sync(folder)
+    for old in list_checkpoints(folder)[:-NUM_KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load_state(checkpoint: Path, run: str) -> CheckpointState:
+    """The state of a checkpoint. Raises CheckpointError if it is not one of `run`."""
+    try:
+        state = msgspec.json.decode((checkpoint / "state.json").read_bytes(), type=CheckpointState)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}. Remove it to start from an older one.") from None
+    if state.run != run:
+        raise CheckpointError(f"checkpoint {checkpoint} belongs to run {state.run!r}, not to {run!r}. Give this run's folder.")
+    return state
+
+
+def load_published(checkpoint: Path, state: CheckpointState) -> Published:
+    """The bits published last before the checkpoint, verified."""
+    _, weights = apply_file((checkpoint / "published.safetensors").read_bytes(), None, "")
+    return Published(state.version, weights, state.bytes_since_snapshot)
+
+
+def load_optimizer(checkpoint: Path, trainer: Any) -> None:
+    """Put AdamW's moments back."""
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    if set(tensors) != {f"{kind}/{name}" for name in names for kind in ("exp_avg", "exp_avg_sq", "step")}:
+        raise CheckpointError(f"checkpoint {checkpoint} was made for another model. Give the run's own policy.")
+    state = trainer.optimizer.state_dict()
+    state["state"] = {
+        index: {kind: tensors[f"{kind}/{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names)
+    }
+    trainer.optimizer.load_state_dict(state)
+
+
+def _moments(trainer: Any) -> dict[str, torch.Tensor]:
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    parameters = trainer.optimizer.param_groups[0]["params"]
+    moments = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        for kind, value in trainer.optimizer.state[parameter].items():
+            moments[f"{kind}/{name}"] = value.detach().contiguous()
+    return moments
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,206 @@
+"""The learner: take batches, step, publish, commit, evaluate, checkpoint.
+
+Invariant: no step uses a group with lag above max_lag (asserted here from the tokens' own versions), and what the broker was told is committed
+can be computed again from the last checkpoint and the journalled batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from learner import checkpoint
+from learner.batch import Batch, make_batch
+from learner.evaluate import evaluate
+from learner.model import load_model, published_weights
+from learner.publish import Published, Publisher
+from learner.ranks import Ranks
+from learner.step import Trainer
+from protocol.config import Config
+from protocol.messages import LearnerWelcome
+from protocol.ports import LearnerPort, ReceivedBatch
+from tasks.base import Task
+
+log = logging.getLogger("learner")
+
+
+class _Delivery(msgspec.Struct, array_like=True):
+    """A received batch on its way from rank 0 to the others; `stop` instead of a batch ends the run."""
+
+    stop: bool
+    number: int = 0
+    payloads: list[bytes] = []
+    version_steps: dict[int, int] = {}
+
+
+class Learner:
+    """One rank. `port` is given on rank 0 only."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: str | Path,
+        run: str,
+        folder: Path,
+        task: Task,
+        tokenizer: Any,
+        stop_ids: tuple[int, ...],
+        ranks: Ranks,
+        port: LearnerPort | None,
+        device: torch.device,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Load the policy, or the newest checkpoint below `folder`."""
+        self._config, self._pacing = config, config.pacing
+        self._run, self._folder = run, folder
+        self._task, self._tokenizer, self._stop_ids = task, tokenizer, stop_ids
+        self._ranks, self._port, self._monotonic = ranks, port, monotonic
+        torch.set_num_threads(config.learner.threads)
+        found = checkpoint.list_checkpoints(folder)
+        self._checkpoint = found[-1] if found else None
+        state = checkpoint.load_state(self._checkpoint, run) if self._checkpoint else None
+        self.step = state.step if state else 0
+        model = load_model(self._checkpoint / "policy" if self._checkpoint else policy, device)
+        reference = load_model(policy, device) if config.loss.kl_coef > 0 else None
+        self._trainer = Trainer(
+            model, reference, config.learner, config.loss, config.run.steps, config.rollout.temperature, ranks
+        )
+        self._published: Published | None = None
+        if self._checkpoint and state:
+            checkpoint.load_optimizer(self._checkpoint, self._trainer)
+            self._published = checkpoint.load_published(self._checkpoint, state)
+        self._publisher: Publisher | None = None
+        self._busy_since = self._busy = 0.0
+
+    def run(self) -> bool:
+        """The main loop; True if the last step was reached.
+
+        consumes:     batches
+          waits for:    the batch of the next step
+          unblocked by: actors completing its groups, or the end of the run
+        produces:     commits, versions, evaluations, checkpoints
+          waits for:    the broker to journal each
+        """
+        started = self._monotonic()
+        if self._port is not None:
+            welcome = self._join(self._port)
+            self._publisher = Publisher(self._port, welcome, self._published)
+        if self._published is None:
+            self._publish(0)
+            self._evaluate()
+        while self.step < self._pacing.num_steps:
+            batch = self._receive()
+            if batch is None:
+                break
+            last = min(self._pacing.last_use(batch.number) + 1, self._pacing.num_steps)
+            while self.step < last:
+                self._take_step(batch)
+        finished = self.step >= self._pacing.num_steps
+        if finished and not self._is_due(self._config.learner.eval_every):
+            self._evaluate()
+        self._save()
+        self._leave(started)
+        return finished
+
+    def _join(self, port: LearnerPort) -> LearnerWelcome:
+        welcome = port.join(self.step, self._ranks.world_size)
+        if self._checkpoint:
+            log.info("resumed at step %d from %s, lineage %d", self.step, self._checkpoint, welcome.lineage)
+        return welcome
+
+    def _receive(self) -> Batch | None:
+        """The next batch, on every rank; None to stop."""
+        data = None
+        waited_from = self._monotonic()
+        if self._port is not None:
+            self._rest()
+            received = self._port.next_batch(self.step)
+            data = msgspec.msgpack.encode(_Delivery(True) if received is None else _Delivery(False, *received))
+        delivery = msgspec.msgpack.decode(self._ranks.broadcast(data), type=_Delivery)
+        self._waited = self._monotonic() - waited_from
+        if delivery.stop:
+            return None
+        return make_batch(ReceivedBatch(delivery.number, delivery.payloads, delivery.version_steps), self._config.loss)
+
+    def _take_step(self, batch: Batch) -> None:
+        """One optimizer step and what follows from it."""
+        lags = batch.lags(self.step, self._pacing.max_lag)
+        self._work(f"training step {self.step}")
+        started = self._monotonic()
+        metrics = self._trainer.apply(batch, self.step)
+        metrics |= batch.facts | {"lag_mean": sum(lags) / len(lags), "lag_max": max(lags)}
+        metrics["seconds_training"] = self._monotonic() - started
+        metrics["seconds_waiting"], self._waited = self._waited, 0.0
+        self.step += 1
+        if self._pacing.publishes(self.step):
+            metrics |= self._publish(self.step)
+        if self._port is not None:
+            self._port.commit(self.step - 1, batch.number, lags, metrics)
+        if self._is_due(self._config.learner.eval_every):
+            self._evaluate()
+        if self._is_due(self._config.learner.checkpoint_every) and self.step < self._pacing.num_steps:
+            self._save()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    def _publish(self, step: int) -> dict[str, float]:
+        if self._publisher is None:
+            return {}
+        started = self._monotonic()
+        self._work(f"publishing step {step}")
+        metrics = self._publisher.publish(step, published_weights(self._trainer.model))
+        return metrics | {"seconds_publishing": self._monotonic() - started}
+
+    def _evaluate(self) -> None:
+        self._work(f"evaluating step {self.step}")
+        reward, count = evaluate(
+            self._trainer.model,
+            self._tokenizer,
+            self._task,
+            self._config.learner.eval_prompts,
+            self._config.rollout.max_tokens,
+            self._stop_ids,
+            self._ranks,
+        )
+        if self._port is not None:
+            log.info("step %d: held-out reward %.3f over %d prompts", self.step, reward, count)
+            self._port.evaluated(self.step, reward, count)
+
+    def _save(self) -> None:
+        """Rank 0 writes a checkpoint; the others wait, so that all resume from the same one."""
+        if self._publisher is not None and self._publisher.published is not None and self.step > 0:
+            self._work(f"writing the checkpoint of step {self.step}")
+            checkpoint.save_checkpoint(
+                self._folder, self._run, self.step, self._trainer, self._publisher.published, self._tokenizer
+            )
+        self._ranks.barrier()
+
+    def _leave(self, started: float) -> None:
+        if self._port is not None:
+            self._rest()
+            elapsed = self._monotonic() - started
+            summary = {"busy_seconds": self._busy, "elapsed_seconds": elapsed, "world_size": float(self._ranks.world_size)}
+            self._port.done(self.step, summary)
+            self._port.close()
+
+    # --- what this rank is busy with
+
+    def _work(self, text: str) -> None:
+        if self._port is not None:
+            self._port.doing(text)
+        if not self._busy_since:
+            self._busy_since = self._monotonic()
+
+    def _rest(self) -> None:
+        if self._port is not None:
+            self._port.doing("")
+        if self._busy_since:
+            self._busy += self._monotonic() - self._busy_since
+            self._busy_since = 0.0

@@ -1,0 +1,231 @@
+"""Every error a user can meet, in one tree.
+
+    SlipstreamError
+    ├── ConfigError              a field of a config file or command line is wrong
+    ├── ProtocolError            a peer sent something this side will not act on
+    │   ├── MalformedFrame       not two frames, not msgpack, unknown kind, over a limit
+    │   ├── InvalidGroup         a rollout group that contradicts itself or its ticket
+    │   └── IncompatiblePeer     the two sides speak different protocol versions
+    ├── PeerError                the other side cannot be talked to
+    │   ├── BrokerUnreachable    nobody answers at the address
+    │   ├── AccessRefused        somebody answers and does not accept the key
+    │   ├── AddressInUse         the port is taken
+    │   ├── KeyFileError         a key file is missing, malformed or readable by others
+    │   └── RequestRefused       the broker answered, and the answer is no
+    ├── WeightsError             weights that are not exactly what was published
+    │   ├── DamagedDelta         a delta or snapshot that does not decode
+    │   ├── WrongParent          a delta that starts from other weights than the ones held
+    │   └── RootMismatch         the result does not have the published root hash
+    ├── StaleGroup               a group older than max_lag reached an optimizer step
+    ├── JournalError             the record of the run cannot be written or read
+    │   ├── JournalCommitFailed  a commit failed; it is never retried in this process
+    │   └── JournalDamaged       what is on disk is not what was written
+    ├── TaskError                a task cannot be loaded or cannot score
+    ├── EngineError              an inference engine cannot start or generate
+    ├── CheckpointError          a checkpoint is missing or does not fit the run
+    └── RunHalted                the run was stopped because going on would be useless
+
+Each message says what happened, with the value, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class SlipstreamError(Exception):
+    """Base of all errors that are meant for a person to read."""
+
+    exit_code = 1
+
+
+class ConfigError(SlipstreamError):
+    """A configured value is wrong. `field` is its dotted name; `fix` says what to write instead."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
+        self.field, self.value, self.problem, self.fix = field, value, problem, fix
+        super().__init__(f"{field} = {value!r}: {problem}. Fix: {fix}")
+
+
+class ProtocolError(SlipstreamError):
+    """A peer sent something that is not acted on."""
+
+
+class MalformedFrame(ProtocolError):
+    """A message that cannot be decoded. `reason` is a short stable word used for counting."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+
+class InvalidGroup(ProtocolError):
+    """A rollout group that decodes but cannot be true. `reason` is a short stable word."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+
+class IncompatiblePeer(ProtocolError):
+    """The other side speaks another protocol version."""
+
+    exit_code = 2
+
+    def __init__(self, ours: int, theirs: int) -> None:
+        self.ours, self.theirs = ours, theirs
+        super().__init__(
+            f"this side speaks protocol {ours}, the other side {theirs}. "
+            "Install the same version of Slipstream on both machines."
+        )
+
+
+class PeerError(SlipstreamError):
+    """The other side cannot be talked to."""
+
+
+class BrokerUnreachable(PeerError):
+    """Nobody answers at `address` after `waited` seconds."""
+
+    exit_code = 3
+
+    def __init__(self, address: str, waited: float, waiting_for: str) -> None:
+        self.address, self.waited, self.waiting_for = address, waited, waiting_for
+        super().__init__(
+            f"no answer from the broker at {address} after {waited:.0f} s (waiting for {waiting_for}). "
+            "Check that it runs (`cli.py status`), the address, and that the port is open between the machines."
+        )
+
+
+class AccessRefused(PeerError):
+    """The broker does not accept this key on this socket."""
+
+    exit_code = 2
+
+    def __init__(self, address: str, role: str) -> None:
+        self.address, self.role = address, role
+        super().__init__(
+            f"the broker at {address} refused our key for the role {role!r}. "
+            f"Use the {role}.key file from the run's keys/ directory; keys of other runs and other roles are not accepted."
+        )
+
+
+class AddressInUse(PeerError):
+    """The address cannot be bound."""
+
+    exit_code = 2
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address = address
+        super().__init__(
+            f"cannot listen on {address}: {reason}. "
+            "The broker takes four consecutive ports; choose another broker.address, or port 0 for any free ones."
+        )
+
+
+class KeyFileError(PeerError):
+    """A key file cannot be used. `path` names it."""
+
+    exit_code = 2
+
+    def __init__(self, path: object, problem: str, fix: str) -> None:
+        self.path, self.problem, self.fix = path, problem, fix
+        super().__init__(f"key file {path}: {problem}. Fix: {fix}")
+
+
+class RequestRefused(PeerError):
+    """The broker answered a request with a refusal."""
+
+    def __init__(self, request: str, reason: str) -> None:
+        self.request, self.reason = request, reason
+        super().__init__(f"the broker refused {request}: {reason}")
+
+
+class WeightsError(SlipstreamError):
+    """Weights are not exactly what was published. Nothing may be sampled from them."""
+
+
+class DamagedDelta(WeightsError):
+    """A weight file does not decode, or contradicts its own manifest."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"damaged weight file: {problem}. Fetch it again; if it persists, restart the actor.")
+
+
+class WrongParent(WeightsError):
+    """A delta was made against weights other than the ones held."""
+
+    def __init__(self, expected: str, held: str) -> None:
+        self.expected, self.held = expected, held
+        super().__init__(
+            f"the delta starts from root {expected[:16]} but the weights held have root {held[:16]}. "
+            "Fetch a route from the version held, or the latest snapshot."
+        )
+
+
+class RootMismatch(WeightsError):
+    """Weights after an update do not have the root hash that was published for them."""
+
+    def __init__(self, expected: str, found: str, where: str) -> None:
+        self.expected, self.found, self.where = expected, found, where
+        super().__init__(f"{where}: root hash is {found[:16]}, published {expected[:16]}. Reload from a snapshot.")
+
+
+class StaleGroup(SlipstreamError):
+    """A group older than the bound reached the learner: the ledger and the learner disagree."""
+
+    def __init__(self, ticket: int, step: int, lag: int, max_lag: int) -> None:
+        self.ticket, self.step, self.lag, self.max_lag = ticket, step, lag, max_lag
+        super().__init__(
+            f"the group of ticket {ticket} has lag {lag} at step {step}, but max_lag is {max_lag}. "
+            "This must not happen; keep the run directory and report it."
+        )
+
+
+class JournalError(SlipstreamError):
+    """The record of the run cannot be written or read."""
+
+    exit_code = 4
+
+
+class JournalCommitFailed(JournalError):
+    """A commit did not reach the disk. What was in it is unknown until the journal is read again."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(
+            f"journal {path}: commit failed ({reason}). The broker stops here, because retrying could lose "
+            "acknowledged groups. Free space or mend the disk, then start the broker again: it recovers from the journal."
+        )
+
+
+class JournalDamaged(JournalError):
+    """Rows of the journal are not what was written."""
+
+    def __init__(self, path: object, where: str, problem: str) -> None:
+        super().__init__(f"journal {path}, {where}: {problem}. Keep the file; the rows before it are intact.")
+
+
+class TaskError(SlipstreamError):
+    """A task cannot be loaded, or its reward is not a finite number."""
+
+    exit_code = 2
+
+
+class EngineError(SlipstreamError):
+    """An inference engine cannot start or cannot generate."""
+
+
+class CheckpointError(SlipstreamError):
+    """A checkpoint is missing, incomplete or of another run."""
+
+    exit_code = 2
+
+
+class RunHalted(SlipstreamError):
+    """The broker stopped the run; `reason` says why going on would be useless."""
+
+    exit_code = 5
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the run was halted: {reason}")

@@ -1,0 +1,108 @@
+"""The journal's format: a SQLite database in the run's directory, and how to read it.
+
+`events` is the whole truth: facts in order, as JSON. The other tables are the same facts laid out for questions, plus the groups' payloads.
+The file opens read-only in sqlite3, DuckDB and pandas while the run goes on.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import blake3
+import msgspec
+
+from protocol.errors import JournalDamaged, JournalError
+from protocol.facts import AnyFact
+
+JOURNAL_NAME: Final = "journal.sqlite"
+FORMAT_VERSION: Final = 1
+
+SCHEMA: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE events (
+    lsn INTEGER PRIMARY KEY,        -- order of the facts, from 1 without a gap
+    time REAL NOT NULL,             -- wall clock, seconds since 1970
+    fact TEXT NOT NULL,             -- what happened (see protocol/facts.py)
+    body TEXT NOT NULL              -- the fact as JSON
+) STRICT;
+CREATE TABLE groups (
+    lsn INTEGER PRIMARY KEY REFERENCES events (lsn),
+    ticket INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    actor TEXT NOT NULL, epoch TEXT NOT NULL,
+    oldest_version INTEGER NOT NULL, newest_version INTEGER NOT NULL, oldest_step INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL, reward REAL NOT NULL,
+    payload BLOB NOT NULL,          -- msgpack, see protocol/groups.py
+    digest BLOB NOT NULL            -- BLAKE3 of the payload
+) STRICT;
+CREATE INDEX groups_by_ticket ON groups (ticket);
+CREATE TABLE batches (batch INTEGER PRIMARY KEY, lsn INTEGER NOT NULL, step INTEGER NOT NULL, tickets TEXT NOT NULL) STRICT;
+CREATE TABLE versions (
+    number INTEGER PRIMARY KEY, lsn INTEGER NOT NULL, step INTEGER NOT NULL, lineage INTEGER NOT NULL, root TEXT NOT NULL,
+    parent INTEGER NOT NULL, delta TEXT, delta_bytes INTEGER, snapshot TEXT, snapshot_bytes INTEGER,
+    full_bytes INTEGER NOT NULL, bound_bytes INTEGER NOT NULL
+) STRICT;
+CREATE TABLE steps (
+    lsn INTEGER PRIMARY KEY, step INTEGER NOT NULL, lineage INTEGER NOT NULL, batch INTEGER NOT NULL, largest_lag INTEGER NOT NULL,
+    lags TEXT NOT NULL, metrics TEXT NOT NULL
+) STRICT;
+"""
+
+
+class JournalEntry(NamedTuple):
+    """One fact with its place and wall-clock time."""
+
+    lsn: int
+    time: float
+    fact: AnyFact
+
+
+_fact_decoder: Final = msgspec.json.Decoder[AnyFact](AnyFact)
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """A connection that cannot write. Raises JournalError for a missing file or another format version."""
+    if not path.exists():
+        raise JournalError(f"there is no journal at {path}. Give the directory of a run.")
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)
+    check_format(connection, path)
+    return connection
+
+
+def check_format(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise JournalError unless the journal has this program's format version."""
+    try:
+        (found,) = connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() or ("none",)
+    except sqlite3.DatabaseError as error:
+        raise JournalDamaged(path, "table meta", str(error)) from None
+    if found != str(FORMAT_VERSION):
+        raise JournalError(f"journal {path} has format {found}, this program reads {FORMAT_VERSION}. Use the version that wrote it.")
+
+
+def read_facts(connection: sqlite3.Connection, path: Path) -> Iterator[JournalEntry]:
+    """All facts in order. Raises JournalDamaged, with the place, for a gap or a row that does not decode."""
+    expected = 1
+    try:
+        for lsn, time, body in connection.execute("SELECT lsn, time, body FROM events ORDER BY lsn"):
+            if lsn != expected:
+                raise JournalDamaged(path, f"events {expected} to {lsn - 1}", "rows are missing")
+            expected += 1
+            try:
+                yield JournalEntry(lsn, time, _fact_decoder.decode(body))
+            except msgspec.DecodeError as error:
+                raise JournalDamaged(path, f"event {lsn}", str(error)) from None
+    except sqlite3.DatabaseError as error:
+        raise JournalDamaged(path, f"event {expected} and after", str(error)) from None
+
+
+def read_payload(connection: sqlite3.Connection, path: Path, ticket: int) -> bytes | None:
+    """The payload of the group that was accepted last for `ticket`, None if there is none. Raises JournalDamaged if its checksum is wrong."""
+    row = connection.execute("SELECT payload, digest FROM groups WHERE ticket = ? ORDER BY lsn DESC LIMIT 1", (ticket,)).fetchone()
+    if row is None:
+        return None
+    payload, digest = row
+    if blake3.blake3(payload).digest() != digest:
+        raise JournalDamaged(path, f"the group of ticket {ticket}", "its checksum does not match")
+    return bytes(payload)

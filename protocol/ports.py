@@ -1,0 +1,102 @@
+"""The seams between the parts: what an actor and a learner need of a broker, whatever carries it.
+
+One contract suite (tests/broker/test_port_contract.py) runs against every implementation: sockets and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from protocol.groups import Group
+from protocol.messages import ActorReport, ActorWelcome, LearnerWelcome, Publish, Published, Route, WireTicket
+from protocol.weights import BlobRef, PolicyVersion
+
+
+class Clock(Protocol):
+    """Time, passed in: `monotonic` for durations, `wall` (seconds since 1970) for records."""
+
+    def monotonic(self) -> float: ...
+
+    def wall(self) -> float: ...
+
+
+class ActorPort(Protocol):
+    """An actor's view of the broker. All methods belong to one event loop."""
+
+    @property
+    def newest(self) -> PolicyVersion | None:
+        """The newest version announced."""
+
+    @property
+    def stopping(self) -> str:
+        """Why the run is ending; empty while it is not."""
+
+    def held_tickets(self) -> list[int]:
+        """Numbers of the tickets in hand or with a result that is not acknowledged yet."""
+
+    async def join(self, engine: str, report: Callable[[], ActorReport]) -> ActorWelcome:
+        """Say hello; from then on `report` is asked once a second and whenever `report_now` is called."""
+
+    def report_now(self) -> None:
+        """Tell the broker at once what `report` says, as when a new version is held."""
+
+    async def next_ticket(self) -> WireTicket | None:
+        """The next ticket; None when the run ends."""
+
+    async def new_version(self, held: int) -> PolicyVersion | None:
+        """Wait until a version other than number `held` is the newest; None when the run ends."""
+
+    async def submit(self, group: Group, attempt: int) -> None:
+        """Hand in a whole group. Returns once it is kept here for resending; it is safe when the broker has acknowledged it."""
+
+    async def fail(self, ticket: WireTicket, reason: str) -> None:
+        """Give a ticket up."""
+
+    async def route(self, held: int) -> Route:
+        """How to get from version `held` (-1: none) to the newest."""
+
+    async def fetch(self, blob: BlobRef) -> bytes:
+        """A blob's bytes, verified."""
+
+    async def leave(self) -> None:
+        """Wait for what is unacknowledged, within reason, then say goodbye and release everything."""
+
+
+class ReceivedBatch(NamedTuple):
+    """A batch as delivered: its number, the payload of each group in ticket order, and the step of each version number."""
+
+    number: int
+    payloads: list[bytes]
+    version_steps: dict[int, int]
+
+
+class LearnerPort(Protocol):
+    """The learner's view of the broker; used by rank 0 only."""
+
+    def join(self, step: int, world_size: int) -> LearnerWelcome:
+        """Say hello with weights of `step`. Raises RequestRefused if they are not of this run."""
+
+    def next_batch(self, step: int) -> ReceivedBatch | None:
+        """The batch that `step` uses; waits for it. None when the run is to stop."""
+
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
+        """Record that theta_{step+1} exists."""
+
+    def put_blob(self, data: bytes) -> BlobRef:
+        """Store a blob."""
+
+    def publish(self, publication: Publish) -> Published:
+        """Announce new weights whose blobs are stored."""
+
+    def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
+        """Record a held-out evaluation."""
+
+    def doing(self, text: str) -> None:
+        """Say what the learner is busy with, for heartbeats; an empty text means waiting."""
+
+    def done(self, step: int, summary: dict[str, float]) -> None:
+        """End the session in order."""
+
+    def close(self) -> None:
+        """Release everything."""
