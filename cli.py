@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
@@ -54,7 +55,7 @@ def up(
         else:
             LocalRun(run, monitor).go()
     for line in finish_run(run.path):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -96,8 +97,6 @@ def learner(
     parent: ParentOption = 0,
 ) -> None:
     """Run the learner's ranks on this machine under torchrun."""
-    import os
-
     from broker.keys import load_key
     from deploy.local import torchrun_command
     from deploy.wiring import fetch_run
@@ -116,8 +115,6 @@ def learner_rank(broker: BrokerOption, key: KeyOption, folder: Annotated[Path, t
     from deploy.rundir import RunDirectory
     from deploy.wiring import run_learner_rank
 
-    import os
-
     start_role(os.getppid())
     run_learner_rank(RunDirectory(folder), broker, load_key(key))
 
@@ -126,7 +123,6 @@ def learner_rank(broker: BrokerOption, key: KeyOption, folder: Annotated[Path, t
 def prepare(settings: Path, folder: Path) -> None:
     """Train the supervised policy of a configuration into a folder."""
     import json
-    import os
 
     from learner.supervised import train_supervised
     from protocol.config import parse_config
@@ -264,6 +260,8 @@ def log_to_stderr() -> None:
     """Log lines with time and role; to a file when the supervisor redirects them."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main() -> NoReturn:

@@ -58,4 +58,3 @@ def _lag(axes: Any, steps: list[facts.StepCommitted], history: list[facts.AnyFac
     for resume in started[1:]:
         axes.axvline(resume.step, color="grey", ls=":", lw=0.8)
     axes.set_ylabel("lag (learner steps)")
-

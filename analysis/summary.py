@@ -102,7 +102,9 @@ def lines(summary: Summary) -> list[str]:
     gain = f"{before:.3f} -> {after:.3f} ({after - before:+.3f})" if before is not None and after is not None else "not measured"
     agree = "the three counts agree" if summary.lags == summary.lags_by_ledger and not summary.broken_promises else "THE COUNTS DISAGREE"
     delta = summary.publication_bytes
-    share = f"{delta:.0f} B of {summary.publication_bytes_full} B, {summary.publication_bytes_full / delta:.1f}x smaller" if delta else "none"
+    share = (
+        f"{delta:.0f} B of {summary.publication_bytes_full} B, {summary.publication_bytes_full / delta:.1f}x smaller" if delta else "none"
+    )
     return [
         f"run              {summary.run}: {summary.outcome}, {summary.steps} steps in {summary.wall_seconds:.0f} s",
         f"held-out reward  {gain}",

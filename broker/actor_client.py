@@ -184,9 +184,7 @@ class ActorClient:
     async def _hello(self) -> None:
         held = self._session.held()
         await self._send(
-            messages.ActorHello(
-                PROTOCOL_VERSION, self._name, self._epoch, self._engine, platform.node() or "unknown", os.getpid(), held
-            )
+            messages.ActorHello(PROTOCOL_VERSION, self._name, self._epoch, self._engine, platform.node() or "unknown", os.getpid(), held)
         )
 
     async def _resend(self) -> None:

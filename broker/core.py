@@ -221,9 +221,7 @@ class Broker:
                     self._write_metrics(fact, wall)
                 case ev.WelcomeActor(actor, epoch, acked):
                     newest = self.ledger.versions.newest
-                    welcome = messages.ActorWelcome(
-                        PROTOCOL_VERSION, self.run, acked, self._config_json, self._policy_files, newest
-                    )
+                    welcome = messages.ActorWelcome(PROTOCOL_VERSION, self.run, acked, self._config_json, self._policy_files, newest)
                     self._send(actor_peer(actor), epoch, welcome)
                 case ev.WelcomeLearner(session, lineage, next_version):
                     self._send(

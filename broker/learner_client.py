@@ -92,9 +92,7 @@ class LearnerClient:
 
     def publish(self, publication: messages.Publish) -> messages.Published:
         step = publication.version.step
-        return self._request(
-            publication, messages.Published, f"the publication of step {step}", lambda answer: answer.step == step
-        )
+        return self._request(publication, messages.Published, f"the publication of step {step}", lambda answer: answer.step == step)
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
         self._send(messages.Evaluation(step, reward, num_prompts))
@@ -174,9 +172,7 @@ class LearnerClient:
             case messages.BatchPending():
                 self._activity.waiting_for = message.waiting_for
 
-    def _receive(
-        self, seconds: float, waiting_for: str, heard_at: float
-    ) -> tuple[messages.ToLearner, bytes | memoryview] | None:
+    def _receive(self, seconds: float, waiting_for: str, heard_at: float) -> tuple[messages.ToLearner, bytes | memoryview] | None:
         """The next message within `seconds`. Raises BrokerUnreachable once the broker has been silent for too long."""
         if self._socket.poll(int(seconds * 1000)):
             try:

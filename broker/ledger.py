@@ -238,9 +238,7 @@ class Ledger:
         if reason == "stale":
             self._end(ticket.number, "expired", "its group arrived too old for its batch")
         elif event.invalid:
-            self._record(
-                facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, event.attempt, f"invalid group: {reason}")
-            )
+            self._record(facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, event.attempt, f"invalid group: {reason}"))
             self._failed(ticket, f"invalid group: {reason}")
         else:
             self._record(facts.TicketRevoked(ticket.number, ticket.attempt, reason))
@@ -248,9 +246,7 @@ class Ledger:
     def _attempt_given_up(self, event: ev.AttemptGivenUp) -> None:
         if not self._in_sequence(event.actor, event.epoch, event.seq):
             return
-        self._record(
-            facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, event.attempt, event.reason)
-        )
+        self._record(facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, event.attempt, event.reason))
         ticket = self.tickets.open.get(event.ticket)
         if ticket is not None and ticket.state is State.OUTSTANDING and ticket.attempt == event.attempt:
             self._failed(ticket, event.reason)
@@ -288,9 +284,7 @@ class Ledger:
         able = [
             actor
             for actor in self.actors.values()
-            if len(actor.tickets) < actor.num_wanted
-            and (step := self.versions.step_of(actor.version)) is not None
-            and step >= oldest_step
+            if len(actor.tickets) < actor.num_wanted and (step := self.versions.step_of(actor.version)) is not None and step >= oldest_step
         ]
         return min(able, key=lambda actor: len(actor.tickets), default=None)
 
@@ -322,9 +316,7 @@ class Ledger:
     def _answer(self, session: str, message: messages.ToLearner) -> None:
         self._effects.append(ev.SendLearner(session, message))
 
-    def _from_learner(
-        self, event: ev.BatchWanted | ev.StepDone | ev.VersionReady | ev.EvaluationDone | ev.LearnerGone
-    ) -> None:
+    def _from_learner(self, event: ev.BatchWanted | ev.StepDone | ev.VersionReady | ev.EvaluationDone | ev.LearnerGone) -> None:
         if self.learner is None or self.learner.session != event.session:
             self._answer(event.session, messages.LearnerRefused("request", "another learner session has taken over"))
             return
@@ -405,11 +397,7 @@ class Ledger:
             for doubtful in self.versions.in_doubt_from(version.step):
                 self._orphan(doubtful)
             number = version.number
-            self._record(
-                facts.VersionPublished(
-                    version, event.parent, event.delta, event.snapshot, event.full_bytes, event.bound_bytes
-                )
-            )
+            self._record(facts.VersionPublished(version, event.parent, event.delta, event.snapshot, event.full_bytes, event.bound_bytes))
             self._effects.append(ev.SendAllActors(messages.NewVersion(version)))
         self._answer(event.session, messages.Published(version.step, number, self.versions.next_number))
 

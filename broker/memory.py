@@ -116,9 +116,7 @@ class MemoryActorPort:
 
     async def new_version(self, held: int) -> PolicyVersion | None:
         session = self._session
-        await self._until(
-            lambda: bool(session.stopping) or (session.newest is not None and session.newest.number != held)
-        )
+        await self._until(lambda: bool(session.stopping) or (session.newest is not None and session.newest.number != held))
         return None if session.stopping else session.newest
 
     async def submit(self, group: Group, attempt: int) -> None:
@@ -167,9 +165,7 @@ class MemoryLearnerPort:
         self.inbox: list[tuple[messages.Message, bytes]] = []
 
     def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
-        return self._ask(
-            messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size), messages.LearnerWelcome
-        )
+        return self._ask(messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size), messages.LearnerWelcome)
 
     def next_batch(self, step: int) -> ReceivedBatch | None:
         while True:

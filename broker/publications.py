@@ -54,9 +54,7 @@ class Publications:
 
     def add(self, fact: VersionPublished) -> None:
         """A new version, good."""
-        self.by_number[fact.version.number] = Publication(
-            fact.version, fact.parent, fact.delta, fact.snapshot, fact.full_bytes
-        )
+        self.by_number[fact.version.number] = Publication(fact.version, fact.parent, fact.delta, fact.snapshot, fact.full_bytes)
 
     def step_of(self, number: int) -> int | None:
         """The step of a version that is good or suspect, None for unknown and orphaned ones."""

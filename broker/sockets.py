@@ -21,7 +21,6 @@ from protocol.codec import MAX_PAYLOAD_BYTES
 from protocol.errors import AccessRefused, AddressInUse, BrokerUnreachable
 
 
-
 class Channel(IntEnum):
     """The broker's sockets; the value is the offset from the first port."""
 
@@ -97,7 +96,7 @@ def bind_all(context: zmq.Context[Any], address: str, key: KeyFile) -> tuple[str
 
 
 def _server_socket(context: zmq.Context[Any], channel: Channel, key: KeyFile) -> zmq.Socket[bytes]:
-    router = context.socket(zmq.ROUTER)
+    router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     router.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
@@ -109,11 +108,9 @@ def _server_socket(context: zmq.Context[Any], channel: Channel, key: KeyFile) ->
     return router
 
 
-def client_socket(
-    context: zmq.Context[Any], address: str, channel: Channel, key: KeyFile, identity: bytes
-) -> zmq.Socket[bytes]:
+def client_socket(context: zmq.Context[Any], address: str, channel: Channel, key: KeyFile, identity: bytes) -> zmq.Socket[bytes]:
     """A DEALER connected to one channel. Connecting does not wait; see `wait_connected`."""
-    dealer = context.socket(zmq.DEALER)
+    dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.ROUTING_ID, identity)
     # Queued frames must not outlive a connection: whoever sent them sends again, under a connection that is known to work.
     dealer.setsockopt(zmq.IMMEDIATE, 1)

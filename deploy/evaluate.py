@@ -31,9 +31,7 @@ def evaluate_policy(run: RunDirectory, policy: Path | None, num_prompts: int | N
     model, tokenizer = load_model(policy, device), AutoTokenizer.from_pretrained(policy)
     task = load_task(config.task.name, config.task.options)
     ends = stop_ids(policy, tokenizer)
-    reward, count = evaluate(
-        model, tokenizer, task, num_prompts or config.learner.eval_prompts, config.rollout.max_tokens, ends, OneRank()
-    )
+    reward, count = evaluate(model, tokenizer, task, num_prompts or config.learner.eval_prompts, config.rollout.max_tokens, ends, OneRank())
     lines = [f"{policy}: held-out reward {reward:.4f} over {count} prompts"]
     problems = [task.heldout(index) for index in range(min(num_shown, task.num_heldout))]
     if problems:

@@ -70,7 +70,9 @@ def resolve_policy(config: Config, say: Callable[[str], None]) -> Path:
         return Path(snapshot_download(config.policy.path, ignore_patterns=["*.gguf", "*.pth", "original/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         problem = f"is neither a folder nor a model that the hub gives ({type(error).__name__})"
-        raise ConfigError("policy.path", config.policy.path, problem, "give a folder, or an id and a network that reaches the hub") from error
+        raise ConfigError(
+            "policy.path", config.policy.path, problem, "give a folder, or an id and a network that reaches the hub"
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -92,7 +94,11 @@ def _supervised_policy(config: Config, say: Callable[[str], None]) -> Path:
     settings.write_text(config.model_dump_json())
     try:
         child = subprocess.Popen(
-            [sys.executable, str(CLI), "prepare", str(settings), str(partial)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, str(CLI), "prepare", str(settings), str(partial)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         try:
             assert child.stdout is not None
@@ -129,9 +135,7 @@ def _source() -> dict[str, str]:
     found = {}
     for name, command in {"commit": ["rev-parse", "HEAD"], "changed": ["status", "--porcelain"]}.items():
         try:
-            result = subprocess.run(
-                ["git", "-C", str(CLI.parent), *command], capture_output=True, text=True, timeout=10, check=True
-            )
+            result = subprocess.run(["git", "-C", str(CLI.parent), *command], capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
             return {}
         found[name] = result.stdout.strip() if name == "commit" else str(bool(result.stdout.strip())).lower()

@@ -1,11 +1,11 @@
 """A run's directory: everything there is about a run, in one place.
 
-    config.json      the resolved configuration           run.json       what the run is (RunManifest)
-    journal.sqlite   the recording                        blobs/         weights and the policy's files
-    metrics.jsonl    one line per step and evaluation     checkpoints/   learner checkpoints
-    keys/            CURVE keys, for their owner only     logs/          one file per process
-    commands.sh      the exact command of each process    broker.json    where the broker listens
-    summary.json     the result, with reward.png and lag.png
+config.json      the resolved configuration           run.json       what the run is (RunManifest)
+journal.sqlite   the recording                        blobs/         weights and the policy's files
+metrics.jsonl    one line per step and evaluation     checkpoints/   learner checkpoints
+keys/            CURVE keys, for their owner only     logs/          one file per process
+commands.sh      the exact command of each process    broker.json    where the broker listens
+summary.json     the result, with reward.png and lag.png
 """
 
 from __future__ import annotations

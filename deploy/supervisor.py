@@ -5,6 +5,7 @@ Invariant: every process started here is ended here, its whole process group wit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -146,8 +147,6 @@ def end_group(process: subprocess.Popen[bytes] | None) -> None:
                 descendant.kill()
         except psutil.NoSuchProcess:
             pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

@@ -37,9 +37,7 @@ class SystemClock:
 def make_broker(run: RunDirectory) -> Broker:
     """The broker of a run, recovered from its journal if there is one."""
     manifest = run.manifest()
-    return Broker(
-        run.path, manifest.run, run.config(), manifest.num_prompts, manifest.policy_files, time.monotonic(), time.time()
-    )
+    return Broker(run.path, manifest.run, run.config(), manifest.num_prompts, manifest.policy_files, time.monotonic(), time.time())
 
 
 def serve_broker(run: RunDirectory, address: str | None) -> None:
@@ -111,9 +109,7 @@ async def build_actor(port: ActorPort, welcome: ActorWelcome, folder: Path, name
         if not is_weights(file.name):
             (folder / file.name).write_bytes(await port.fetch(file.blob))
     settings = config.actor
-    engine = await asyncio.to_thread(
-        TransformersEngine, folder, settings.device, settings.threads, settings.groups_per_forward
-    )
+    engine = await asyncio.to_thread(TransformersEngine, folder, settings.device, settings.threads, settings.groups_per_forward)
     tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, folder)
     task = load_task(config.task.name, config.task.options)
     return Actor(name, port, engine, task, tokenizer, stop_ids(folder, tokenizer), config.rollout)

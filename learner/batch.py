@@ -134,7 +134,13 @@ def collate(sequences: list[Sequence], device: torch.device) -> Microbatch:
         attention[row, : begin + count] = 1
         positions[row, :count] = np.arange(begin - 1, begin - 1 + count)
         targets[row, :count], behaviour[row, :count], mask[row, :count] = sequence.token_ids, sequence.behaviour, 1
-    tensors = [torch.from_numpy(array).to(device) for array in (input_ids, attention, positions, targets, mask, behaviour)]
-    num_tokens = torch.tensor([sequence.token_ids.size for sequence in sequences], device=device)
-    gains = torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32, device=device)
-    return Microbatch(*tensors, num_tokens, gains)
+    return Microbatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        attention_mask=torch.from_numpy(attention).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        mask=torch.from_numpy(mask).to(device),
+        behaviour=torch.from_numpy(behaviour).to(device),
+        num_tokens=torch.tensor([sequence.token_ids.size for sequence in sequences], device=device),
+        advantages=torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32, device=device),
+    )

@@ -68,9 +68,7 @@ class Learner:
         self.step = state.step if state else 0
         model = load_model(self._checkpoint / "policy" if self._checkpoint else policy, device)
         reference = load_model(policy, device) if config.loss.kl_coef > 0 else None
-        self._trainer = Trainer(
-            model, reference, config.learner, config.loss, config.run.steps, config.rollout.temperature, ranks
-        )
+        self._trainer = Trainer(model, reference, config.learner, config.loss, config.run.steps, config.rollout.temperature, ranks)
         self._published: Published | None = None
         if self._checkpoint and state:
             checkpoint.load_optimizer(self._checkpoint, self._trainer)
@@ -177,9 +175,7 @@ class Learner:
         """Rank 0 writes a checkpoint; the others wait, so that all resume from the same one."""
         if self._publisher is not None and self._publisher.published is not None and self.step > 0:
             self._work(f"writing the checkpoint of step {self.step}")
-            checkpoint.save_checkpoint(
-                self._folder, self._run, self.step, self._trainer, self._publisher.published, self._tokenizer
-            )
+            checkpoint.save_checkpoint(self._folder, self._run, self.step, self._trainer, self._publisher.published, self._tokenizer)
         self._ranks.barrier()
 
     def _leave(self, started: float) -> None:

@@ -64,8 +64,10 @@ class Trainer:
         for micro, tokens in microbatches:
             logprobs, entropy = completion_logprobs(self.model, micro, self._temperature)
             result = objective(logprobs, tokens, self._loss)
-            (-result.value).backward()
-            totals += torch.stack([*(result.statistics[name].to(self._device) for name in STATISTICS), result.value.detach().double(), entropy.double()])
+            (-result.value).backward()  # type: ignore[no-untyped-call]
+            totals += torch.stack(
+                [*(result.statistics[name].to(self._device) for name in STATISTICS), result.value.detach().double(), entropy.double()]
+            )
         self._ranks.sum_(totals)
         grad_norm = self._sum_gradients()
         lr = learning_rate(self._config, step, self._num_steps)
@@ -88,9 +90,7 @@ class Trainer:
     @torch.no_grad()
     def _prepare(self, batch: Batch, sequences: list[Sequence]) -> tuple[Microbatch, TokenBatch]:
         micro = collate(sequences, self._device)
-        weights = token_weights(
-            micro.num_tokens, micro.mask.shape[1], self._loss.aggregate, len(batch.sequences), batch.num_tokens
-        )
+        weights = token_weights(micro.num_tokens, micro.mask.shape[1], self._loss.aggregate, len(batch.sequences), batch.num_tokens)
         proximal = reference = None
         if self._loss.importance_cap is not None:
             proximal, _ = completion_logprobs(self.model, micro, self._temperature)

@@ -54,7 +54,7 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
         if step % EVAL_EVERY == 0:
             reward, _ = evaluate(model.eval(), tokenizer, task, EVAL_PROMPTS, max_tokens, [tokenizer.eos_token_id], OneRank())
             model.train()
-            log.info("supervised step %d: loss %.3f, held-out reward %.3f of %.2f", step, float(loss), reward, config.target_reward)
+            log.info("supervised step %d: loss %.3f, held-out reward %.3f of %.2f", step, loss.item(), reward, config.target_reward)
             if reward >= config.target_reward:
                 break
     else:
@@ -76,9 +76,7 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, vocabulary[BEGIN])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BEGIN, eos_token=END, unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BEGIN, eos_token=END, unk_token="<unk>")
 
 
 def _texts(task: Task) -> Iterable[str]:

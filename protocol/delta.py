@@ -96,9 +96,7 @@ def encode_delta(run: str, old: Weights, new: Weights, old_version: PolicyVersio
 def encode_snapshot(run: str, weights: Weights, version: PolicyVersion) -> bytes:
     """A snapshot file of `weights`."""
     num_elements = sum(t.bits.size for t in weights.values())
-    header = DeltaHeader(
-        "snapshot", run, -1, version.number, "", version.root, num_elements, num_elements, num_bytes(weights)
-    )
+    header = DeltaHeader("snapshot", run, -1, version.number, "", version.root, num_elements, num_elements, num_bytes(weights))
     return safetensors_file.serialize(weights, _metadata(header, SNAPSHOT_FORMAT))
 
 

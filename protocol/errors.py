@@ -75,8 +75,7 @@ class IncompatiblePeer(ProtocolError):
     def __init__(self, ours: int, theirs: int) -> None:
         self.ours, self.theirs = ours, theirs
         super().__init__(
-            f"this side speaks protocol {ours}, the other side {theirs}. "
-            "Install the same version of Slipstream on both machines."
+            f"this side speaks protocol {ours}, the other side {theirs}. Install the same version of Slipstream on both machines."
         )
 
 

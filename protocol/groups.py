@@ -82,7 +82,7 @@ class Group(msgspec.Struct, frozen=True, eq=False):
         return [slice(int(end - count), int(end)) for end, count in zip(ends, self.num_tokens, strict=True)]
 
 
-_ARRAYS: Final = {
+_ARRAYS: Final[dict[str, np.dtype[Any]]] = {
     "prompt_ids": np.dtype("<i4"),
     "num_tokens": np.dtype("<i4"),
     "token_ids": np.dtype("<i4"),
@@ -96,9 +96,7 @@ _decoder = msgspec.msgpack.Decoder(GroupWire)
 
 def encode_group(group: Group) -> bytes:
     """The wire payload of a group."""
-    arrays: dict[str, Any] = {
-        name: np.ascontiguousarray(getattr(group, name), dtype).tobytes() for name, dtype in _ARRAYS.items()
-    }
+    arrays: dict[str, Any] = {name: np.ascontiguousarray(getattr(group, name), dtype).tobytes() for name, dtype in _ARRAYS.items()}
     return msgspec.msgpack.encode(
         GroupWire(ticket=group.ticket, prompt=group.prompt, seed=group.seed, actor=group.actor, engine=group.engine, **arrays)
     )
@@ -118,9 +116,7 @@ def decode_group(payload: bytes | memoryview) -> Group:
         if len(data) % dtype.itemsize:
             raise InvalidGroup("lengths", f"{name} has {len(data)} bytes, not a multiple of {dtype.itemsize}")
         arrays[name] = np.frombuffer(data, dtype)
-    group = Group(
-        ticket=wire.ticket, prompt=wire.prompt, seed=wire.seed, actor=wire.actor, engine=wire.engine, **arrays
-    )
+    group = Group(ticket=wire.ticket, prompt=wire.prompt, seed=wire.seed, actor=wire.actor, engine=wire.engine, **arrays)
     check_group(group)
     return group
 

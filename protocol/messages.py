@@ -324,7 +324,19 @@ class Goodbye(Message, frozen=True):
     """LearnerDone is in the journal."""
 
 
-ToLearner = RunInfo | LearnerWelcome | BatchReady | BatchPending | GroupData | Committed | Published | LearnerRefused | Goodbye | Stop | HelloRefused
+ToLearner = (
+    RunInfo
+    | LearnerWelcome
+    | BatchReady
+    | BatchPending
+    | GroupData
+    | Committed
+    | Published
+    | LearnerRefused
+    | Goodbye
+    | Stop
+    | HelloRefused
+)
 
 
 # --- blobs socket: Client -> Broker and back ----------------------------------------------------------------------------------------

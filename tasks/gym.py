@@ -122,9 +122,7 @@ def _create(dataset: str, size: int, seed: int, options: Mapping[str, Any]) -> A
     # What reasoning-gym's validation raises: it asserts, and trips over values of the wrong type.
     except (AssertionError, ValueError, TypeError, AttributeError) as error:
         shown = {"size": size, **options}
-        raise ConfigError(
-            "task.options", shown, f"reasoning-gym {dataset} refuses them: {error}", "change the option it names"
-        ) from error
+        raise ConfigError("task.options", shown, f"reasoning-gym {dataset} refuses them: {error}", "change the option it names") from error
 
 
 def _distinct_problems(dataset: str, draws: Any, num_problems: int) -> list[Problem]:
@@ -145,6 +143,4 @@ def _distinct_problems(dataset: str, draws: Any, num_problems: int) -> list[Prob
 
 def _problem(index: int, entry: dict[str, Any]) -> Problem:
     answer = entry["answer"]
-    return Problem(
-        index=index, prompt=entry["question"], answer="" if answer is None else str(answer), extra={"entry": entry}
-    )
+    return Problem(index=index, prompt=entry["question"], answer="" if answer is None else str(answer), extra={"entry": entry})

@@ -44,9 +44,7 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     if tokenizer.chat_template:
         conversation = [{"role": "user", "content": problem.prompt}]
         # return_dict=False: since transformers 5 the default is a BatchEncoding instead of the ids.
-        encoded = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        encoded = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
         token_ids = [int(token) for token in encoded]
     else:
         token_ids = _without_end(list(tokenizer.encode(problem.prompt, add_special_tokens=True)), tokenizer)

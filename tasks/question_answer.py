@@ -24,7 +24,7 @@ class QuestionAnswer:
     is in one split only. `seed` decides the order of both splits, by a keyed hash of the question.
     """
 
-    def __init__(  # noqa: PLR0913  every argument is an option of the config file
+    def __init__(
         self,
         path: str,
         *,

@@ -44,8 +44,7 @@ def test_the_answer_is_the_value_of_the_prompt(digits: int, operations: str, see
 def test_a_prompt_looks_as_documented() -> None:
     task = Arithmetic(digits=1, operations="+", heldout=1)
     assert Problem(index=0, prompt="3+5=", answer="8") in [
-        Problem(index=0, prompt=task.train(index).prompt, answer=task.train(index).answer)
-        for index in range(task.num_train)
+        Problem(index=0, prompt=task.train(index).prompt, answer=task.train(index).answer) for index in range(task.num_train)
     ]
 
 
@@ -78,9 +77,7 @@ def test_a_problem_knows_its_index_in_its_split() -> None:
     assert task.heldout(17).index == 17
 
 
-@pytest.mark.parametrize(
-    ("completion", "expected"), [("95", 1.0), (" 95\n", 1.0), ("095", 0.0), ("95.", 0.0), ("", 0.0), ("9 5", 0.0)]
-)
+@pytest.mark.parametrize(("completion", "expected"), [("95", 1.0), (" 95\n", 1.0), ("095", 0.0), ("95.", 0.0), ("", 0.0), ("9 5", 0.0)])
 def test_only_the_exact_result_is_rewarded(completion: str, expected: float) -> None:
     assert Arithmetic().reward(Problem(index=0, prompt="37+58=", answer="95"), completion) == expected
 

@@ -17,9 +17,7 @@ class Letters:
 
     name_or_path = "models/letters"
 
-    def __init__(
-        self, chat_template: str | None = None, eos_token_id: int | None = _EOS, appends_eos: bool = False
-    ) -> None:
+    def __init__(self, chat_template: str | None = None, eos_token_id: int | None = _EOS, appends_eos: bool = False) -> None:
         self.chat_template = chat_template
         self.eos_token_id = eos_token_id
         self._appends_eos = appends_eos

@@ -149,9 +149,7 @@ def test_a_name_that_leads_nowhere_is_refused(name: str, expected: str) -> None:
         ("number", "num_train, num_heldout, train, heldout, solution, reward"),
     ],
 )
-def test_an_object_that_is_not_a_task_is_refused_with_what_it_lacks(
-    write_module: ModuleWriter, object_name: str, missing: str
-) -> None:
+def test_an_object_that_is_not_a_task_is_refused_with_what_it_lacks(write_module: ModuleWriter, object_name: str, missing: str) -> None:
     with pytest.raises(ConfigError, match=f"is not a task: it has no {missing}\\.") as caught:
         load_task(f"{write_module(_USERS_MODULE)}:{object_name}", {})
     assert caught.value.field == "task.name"
@@ -185,9 +183,7 @@ def test_a_wrong_option_of_a_users_task_is_named(
         ("question-answer", {"path": "a.jsonl", "column": "q"}, "task.column", "use one of path, question, answer"),
     ],
 )
-def test_a_wrong_option_is_named_with_the_accepted_ones(
-    name: str, options: dict[str, Any], field: str, expected: str
-) -> None:
+def test_a_wrong_option_is_named_with_the_accepted_ones(name: str, options: dict[str, Any], field: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
         load_task(name, options)
     assert caught.value.field == field

@@ -132,9 +132,7 @@ def test_a_completion_that_would_take_forever_to_evaluate_is_wrong_at_once(tmp_p
     assert score(task, task.train(0), completion) == 0.0
 
 
-@pytest.mark.parametrize(
-    "answer", ["2^{100}", "x^{2008}", "2^{\\sqrt{2}}", "2^{x^2}", "7^{7^{7^7}}", "(1+x)^{30}", "5!"]
-)
+@pytest.mark.parametrize("answer", ["2^{100}", "x^{2008}", "2^{\\sqrt{2}}", "2^{x^2}", "7^{7^{7^7}}", "(1+x)^{30}", "5!"])
 def test_powers_and_factorials_are_answers_like_any_other(tmp_path: Path, answer: str) -> None:
     task = _one(tmp_path, {"question": "q", "answer": answer})
     assert score(task, task.train(0), f"\\boxed{{{answer}}}") == 1.0
