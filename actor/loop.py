@@ -27,7 +27,7 @@ log = logging.getLogger("actor")
 
 
 class Actor:
-    """One actor process's work. `port` is joined already or not; `run` joins it."""
+    """One actor's work, over a port that has joined."""
 
     def __init__(
         self,

@@ -29,13 +29,13 @@ _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 _SIGNED = {2: torch.int16, 4: torch.int32}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     request: GenerationRequest
     completions: list[Completion] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Update:
     version: PolicyVersion
     weights: Weights
@@ -121,6 +121,9 @@ class TransformersEngine:
 
     async def update(self, version: PolicyVersion, weights: Weights) -> None:
         loop = asyncio.get_running_loop()
+        overtaken = self._update
+        if overtaken is not None:
+            overtaken.settle(EngineError(f"version {overtaken.version.number} was overtaken by version {version.number}"))
         update = self._update = _Update(version, weights, loop, loop.create_future())
         # Taken between two tokens if a generation is running, otherwise by this call; all in the one thread.
         self._thread.submit(self._take_update)
@@ -154,6 +157,11 @@ class TransformersEngine:
         unknown = set(weights) - set(self._targets)
         if missing or unknown:
             raise EngineError(f"the published weights do not fit the model: {sorted(missing | unknown)[:3]} differ")
+        for name, tensor in weights.items():
+            if tuple(self._targets[name].shape) != tensor.shape or tensor.dtype not in _TORCH_DTYPES:
+                raise EngineError(
+                    f"the published {name} is {tensor.dtype}{list(tensor.shape)}, the model's {list(self._targets[name].shape)}"
+                )
         with torch.no_grad():
             for name, tensor in weights.items():
                 self._targets[name].copy_(to_torch(tensor))
@@ -179,7 +187,7 @@ class TransformersEngine:
     def _sample(self, requests: list[GenerationRequest]) -> list[list[Completion]]:
         """Generate all groups of `requests` side by side, one token a turn."""
         groups = [[_Row() for _ in range(request.num_completions)] for request in requests]
-        seeds = [torch.Generator().manual_seed(request.seed) for request in requests]
+        seeds = [np.random.Generator(np.random.Philox(key=request.seed)) for request in requests]
         prompts, mask = self._prompts(requests)
         budget = max(request.max_tokens for request in requests)
         cache: Any = None
@@ -192,7 +200,7 @@ class TransformersEngine:
                 raise EngineError("no verified weights are loaded")
             if cache is None:
                 cache, fed = DynamicCache(config=self._model.config), 0
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            positions = (mask.cumsum(1) - 1).clamp(0, self._context - 1)
             logits = self._model(
                 input_ids=tokens[:, fed:],
                 attention_mask=mask,
@@ -223,7 +231,7 @@ class TransformersEngine:
         self,
         logits: torch.Tensor,
         requests: list[GenerationRequest],
-        seeds: list[torch.Generator],
+        seeds: list[np.random.Generator],
         groups: list[list[_Row]],
         turn: int,
     ) -> torch.Tensor:
@@ -237,7 +245,7 @@ class TransformersEngine:
             begin += len(rows)
             logprobs = torch.log_softmax(scaled, dim=-1)
             cumulative = logprobs.double().exp().cumsum(-1)
-            points = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+            points = torch.from_numpy(generator.random((len(rows), 1))) * cumulative[:, -1:]
             ids = torch.searchsorted(cumulative, points, right=True).clamp(max=logprobs.shape[-1] - 1)
             chosen = logprobs.gather(1, ids)[:, 0].tolist()
             for row, token, logprob in zip(rows, ids[:, 0].tolist(), chosen, strict=True):

@@ -88,7 +88,7 @@ def _count_step(count: Recount, fact: facts.StepCommitted, tickets: list[int], o
     lags = [fact.step - oldest for oldest in oldest_steps]
     count.lags.update(lags)
     count.ledger_lags.update(fact.lags)
-    count.learner_largest_lag = max(count.learner_largest_lag, int(fact.metrics.get("lag_max", 0)))
+    count.learner_largest_lag = max(count.learner_largest_lag, int(fact.metrics.get("lag_max") or 0))
     if lags != fact.lags:
         count.broken.append(f"step {fact.step}: the ledger counted lags {fact.lags}, the tokens say {lags}")
     if max(lags) > count.pacing.max_lag:

@@ -57,7 +57,7 @@ def summarize(run: Path) -> Summary:
         connection.close()
     history = [entry.fact for entry in entries]
     steps = [fact for fact in history if isinstance(fact, facts.StepCommitted)]
-    rewards = [fact.metrics["reward"] for fact in steps if "reward" in fact.metrics]
+    rewards = [reward for fact in steps if (reward := fact.metrics.get("reward")) is not None]
     heldout = [fact.reward for fact in history if isinstance(fact, facts.Evaluated)]
     versions = [fact for fact in history if isinstance(fact, facts.VersionPublished)]
     tenth = max(1, len(rewards) // 10)
@@ -131,7 +131,8 @@ def _outcome(history: list[facts.AnyFact]) -> str:
 
 def _learner_busy(history: list[facts.AnyFact]) -> float | None:
     ends = [fact.summary for fact in history if isinstance(fact, facts.LearnerFinished)]
-    return ends[-1]["busy_seconds"] / ends[-1]["elapsed_seconds"] if ends and ends[-1].get("elapsed_seconds") else None
+    busy, elapsed = (ends[-1].get("busy_seconds"), ends[-1].get("elapsed_seconds")) if ends else (None, None)
+    return busy / elapsed if busy is not None and elapsed else None
 
 
 def _actor_busy(history: list[facts.AnyFact]) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from broker import events as ev
 from broker.blobs import BlobStore
@@ -120,10 +121,9 @@ class Broker:
             return ev.GroupArrived(*place, invalid=f"invalid: {error.reason}")
         return ev.GroupArrived(
             *place,
-            oldest_version=group.oldest_version,
-            newest_version=group.newest_version,
+            versions=np.unique(group.versions).tolist(),
             num_tokens=int(group.token_ids.size),
-            reward=float(group.rewards.mean()),
+            reward=float(group.rewards.mean(dtype=np.float64)),
             payload=payload,
         )
 

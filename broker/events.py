@@ -39,15 +39,15 @@ class ActorGone(Struct, frozen=True):
 
 
 class GroupArrived(Struct, frozen=True):
-    """A validated group arrived. `invalid` is the reason if validation failed, and then the other fields are zero."""
+    """A group arrived; `versions` are the numbers of all versions it was sampled from, ascending. `invalid` is the reason if validation
+    failed, and then what follows from the payload is empty."""
 
     actor: str
     epoch: str
     seq: int
     ticket: int
     attempt: int
-    oldest_version: int = 0
-    newest_version: int = 0
+    versions: list[int] = []
     num_tokens: int = 0
     reward: float = 0.0
     invalid: str = ""

@@ -87,7 +87,7 @@ class Journal:
         match fact:
             case facts.GroupAccepted():
                 row = (
-                    self._lsn, fact.ticket, fact.attempt, fact.actor, fact.epoch, fact.oldest_version, fact.newest_version,
+                    self._lsn, fact.ticket, fact.attempt, fact.actor, fact.epoch, fact.versions[0], fact.versions[-1],
                     fact.oldest_step, fact.num_tokens, fact.reward, payload, blake3.blake3(payload).digest(),
                 )  # fmt: skip
                 self._insert("groups", row)

@@ -3,7 +3,8 @@
 Invariants, after every event:
   bounded     a ticket is issued, accepted and delivered only if no use of its batch can have a lag above max_lag;
   conserved   issued = outstanding + queued + consumed + expired + failed + void;
-  whole       a ticket has at most one accepted group, and only groups of good or suspect versions are delivered.
+  whole       a ticket has at most one accepted group, and only groups of good or suspect versions are put in a batch. (A batch that was formed
+              is history: a resumed learner is given it again as it was, see docs/decisions/002-batches-are-history.md.)
 
 No sockets, no clock, no files. `handle` decides; every change of what must survive a crash is a fact, and facts are applied by `apply` alone, so
 feeding a journal's facts to `apply` rebuilds the ledger. Heartbeats and credit are not facts: they come again by themselves.
@@ -11,6 +12,7 @@ feeding a journal's facts to `apply` rebuilds the ledger. Heartbeats and credit 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -64,11 +66,16 @@ class Progress:
     lags: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    summary: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    summary: dict[str, float | None] = field(default_factory=dict)
     stopping: str = ""
     ended: bool = False
     halted: str = ""
+
+
+def finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures as a fact can hold them: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 class Ledger:
@@ -193,7 +200,7 @@ class Ledger:
     def _group_arrived(self, event: ev.GroupArrived) -> None:
         if not self._in_sequence(event.actor, event.epoch, event.seq):
             return
-        oldest_step = self.versions.oldest_step(event.oldest_version, event.newest_version)
+        oldest_step = self.versions.oldest_step(event.versions)
         ticket = self.tickets.open.get(event.ticket)
         refusal = self._refusal(event, ticket, oldest_step)
         if refusal:
@@ -206,8 +213,7 @@ class Ledger:
                     seq=event.seq,
                     ticket=event.ticket,
                     attempt=event.attempt,
-                    oldest_version=event.oldest_version,
-                    newest_version=event.newest_version,
+                    versions=event.versions,
                     oldest_step=oldest_step,
                     num_tokens=event.num_tokens,
                     reward=event.reward,
@@ -225,7 +231,7 @@ class Ledger:
         if ticket.state in (State.QUEUED, State.BATCHED):
             return "already done"
         if oldest_step is None:
-            return "orphaned" if event.oldest_version in self.versions.by_number else "unknown version"
+            return "orphaned" if all(number in self.versions.by_number for number in event.versions) else "unknown version"
         if oldest_step < self.pacing.oldest_step(self.tickets.batch_of(event.ticket)):
             return "stale"
         return ""
@@ -376,7 +382,7 @@ class Ledger:
             self._answer(event.session, messages.LearnerRefused("commit", f"step {event.step} is not the next one"))
             return
         lags = [event.step - oldest for oldest in batch.oldest_steps]
-        self._record(facts.StepCommitted(event.step, event.batch, self.progress.lineage, lags, event.metrics))
+        self._record(facts.StepCommitted(event.step, event.batch, self.progress.lineage, lags, finite(event.metrics)))
         if lags != event.lags or max(lags) > self.pacing.max_lag:
             self._halt(
                 f"lags at step {event.step} are {lags} by the ledger and {event.lags} by the learner, max_lag is {self.pacing.max_lag}"
@@ -405,12 +411,12 @@ class Ledger:
         """A version's branch is dead: its queued groups are sampled again."""
         self._record(facts.VersionOrphaned(number, self.progress.lineage))
         for ticket in self.tickets.unbatched():
-            if ticket.state is State.QUEUED and ticket.oldest_version <= number <= ticket.newest_version:
+            if ticket.state is State.QUEUED and number in ticket.versions:
                 self._record(facts.TicketRevoked(ticket.number, ticket.attempt, "orphaned"))
 
     def _learner_gone(self, event: ev.LearnerGone) -> None:
         if not self.progress.ended:
-            self._record(facts.LearnerFinished(event.step, event.summary))
+            self._record(facts.LearnerFinished(event.step, finite(event.summary)))
             self._stop("the last step is done" if event.step >= self.pacing.num_steps else "the learner has left")
             self._close("")
         self._answer(event.session, messages.Goodbye())
@@ -451,12 +457,13 @@ class Ledger:
                 self.tickets.issue(fact.ticket, fact.attempt, fact.actor, fact.epoch, self._now)
                 self.actors[fact.actor].tickets.add(fact.ticket)
             case facts.TicketRevoked():
-                self.progress.refused["orphaned"] += fact.reason == "orphaned"
+                was_queued = self.tickets.open[fact.ticket].state is State.QUEUED
+                self.progress.refused["orphaned"] += was_queued and fact.reason == "orphaned"
                 self._leave_hand(fact.ticket)
                 self.tickets.revoke(fact.ticket)
             case facts.GroupAccepted():
                 self._leave_hand(fact.ticket)
-                self.tickets.accept(fact.ticket, fact.oldest_version, fact.newest_version, fact.oldest_step)
+                self.tickets.accept(fact.ticket, fact.versions, fact.oldest_step)
                 self._acked[fact.actor, fact.epoch] = fact.seq
                 self._failed_in_a_row = 0
             case facts.ResultRefused():
@@ -464,8 +471,9 @@ class Ledger:
                 self.progress.refused[fact.reason] += 1
             case facts.AttemptFailed():
                 self._acked[fact.actor, fact.epoch] = fact.seq
-                if fact.ticket in self.tickets.open:
-                    self.tickets.open[fact.ticket].num_failures += 1
+                ticket = self.tickets.open.get(fact.ticket)
+                if ticket is not None and ticket.attempt == fact.attempt:
+                    ticket.num_failures += 1
             case facts.TicketEnded():
                 self._leave_hand(fact.ticket)
                 self.tickets.end(fact.ticket, fact.outcome)
@@ -493,7 +501,10 @@ class Ledger:
             case facts.VersionOrphaned():
                 self.versions.by_number[fact.number].standing = Standing.ORPHANED
             case facts.LearnerStarted():
-                progress.lineage, progress.step, progress.ended, progress.stopping = fact.lineage, fact.step, False, ""
+                progress.lineage, progress.step = fact.lineage, fact.step
+                if progress.ended:  # a run that had ended goes on; a run that is being stopped keeps stopping
+                    progress.ended, progress.stopping, progress.halted = False, "", ""
+                    self._failed_in_a_row = 0
                 self.versions.suspect_after(fact.step)
                 self.learner = LearnerState(fact.session, fact.lineage, fact.step, fact.world_size)
             case facts.LearnerFinished():

@@ -63,15 +63,10 @@ class Publications:
             return None
         return publication.version.step
 
-    def oldest_step(self, oldest: int, newest: int) -> int | None:
-        """The smallest step among versions `oldest` to `newest`, None if one end is unknown or orphaned.
-
-        Numbers grow with time, and steps grow with numbers except across a resume; the smallest over the range is on the safe side.
-        """
-        if self.step_of(oldest) is None or self.step_of(newest) is None:
-            return None
-        steps = [self.step_of(number) for number in range(oldest, newest + 1)]
-        return min(step for step in steps if step is not None)
+    def oldest_step(self, numbers: list[int]) -> int | None:
+        """The smallest step of the versions `numbers`, None if one of them is unknown or orphaned."""
+        steps = [self.step_of(number) for number in numbers]
+        return None if not steps or None in steps else min(step for step in steps if step is not None)
 
     def steps_from(self, oldest: int) -> dict[int, int]:
         """The step of every version from number `oldest` on."""

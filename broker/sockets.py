@@ -152,6 +152,7 @@ def wait_connected(dealer: zmq.Socket[Any], address: str, channel: Channel, role
             raise AccessRefused(address, role)
     finally:
         dealer.disable_monitor()
+        monitor.close(linger=0)  # an open socket, kept alive by a traceback, would hold up the context's end for ever
     if _something_listens(address, channel):
         raise AccessRefused(address, role)
     raise BrokerUnreachable(address, seconds, f"the {channel.name.lower()} channel")

@@ -82,7 +82,7 @@ class StatusBook:
             actors=[self._actor(ledger, name, now) for name in sorted(ledger.actors)],
             learner=self._learner_status(ledger, now),
             desired_actors=ledger.desired_actors,
-            metrics=progress.metrics,
+            metrics={name: value for name, value in progress.metrics.items() if value is not None},
             evaluations=progress.evaluations[-64:],
             waits=self._waits(ledger, now),
             halted=progress.halted,

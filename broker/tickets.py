@@ -38,8 +38,7 @@ class Ticket:
     actor: str = ""
     epoch: str = ""
     sent_at: float = 0.0
-    oldest_version: int = -1
-    newest_version: int = -1
+    versions: list[int] = field(default_factory=list)
     oldest_step: int = -1
 
 
@@ -143,13 +142,13 @@ class TicketTable:
         ticket.state, ticket.actor, ticket.epoch = State.PENDING, "", ""
         bisect.insort(self._pending, number)
 
-    def accept(self, number: int, oldest_version: int, newest_version: int, oldest_step: int) -> None:
+    def accept(self, number: int, versions: list[int], oldest_step: int) -> None:
         """The group of a pending or outstanding ticket is in the journal."""
         ticket = self.open[number]
         if ticket.state is State.PENDING:
             self._pending.remove(number)
         ticket.state, ticket.actor, ticket.epoch = State.QUEUED, "", ""
-        ticket.oldest_version, ticket.newest_version, ticket.oldest_step = oldest_version, newest_version, oldest_step
+        ticket.versions, ticket.oldest_step = versions, oldest_step
         self.counts.outstanding -= 1
         self.counts.queued += 1
 
@@ -171,7 +170,7 @@ class TicketTable:
         for ticket in members:
             ticket.state = State.BATCHED
             self._order.remove(ticket.number)
-        oldest_version = min(ticket.oldest_version for ticket in members)
+        oldest_version = min(ticket.versions[0] for ticket in members)
         self.batches[batch] = Batch(batch, tickets, [ticket.oldest_step for ticket in members], oldest_version)
         self.next_batch = batch + 1
 

@@ -69,7 +69,9 @@ class LocalRun:
         while not announcement.exists():
             self._supervisor.poll()
             if time.monotonic() > deadline:
-                raise SlipstreamError(f"the broker was not ready after {READY_SECONDS:.0f} s. Its log:\n{self._supervisor.tail(BROKER)}")
+                raise SlipstreamError(
+                    f"the broker was not ready after {READY_SECONDS:.0f} s. Its log says:\n{self._supervisor.explain(BROKER)}"
+                )
             time.sleep(0.05)
         self._control = ControlClient(self._address, load_key(self._run.keys / "admin.key"), READY_SECONDS)
         self._monitor.say(f"broker: listening at {self._address}")
@@ -136,8 +138,8 @@ class LocalRun:
     def _check_learner(self) -> None:
         learner = self._supervisor.children[LEARNER]
         if learner.exit_code not in (None, 0):
-            tail = self._supervisor.tail(LEARNER)
-            raise SlipstreamError(f"the learner ended with exit code {learner.exit_code}. The end of its log:\n{tail}")
+            why = self._supervisor.explain(LEARNER)
+            raise SlipstreamError(f"the learner ended with exit code {learner.exit_code}. Its log says:\n{why}")
 
     def _is_over(self) -> bool:
         return self._status is not None and self._status.phase in ("finished", "halted")

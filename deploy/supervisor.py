@@ -89,7 +89,7 @@ class Supervisor:
         what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         if code in HOPELESS or len(child.exits) >= CRASH_LOOP_COUNT:
             times = "" if code in HOPELESS else f", {len(child.exits)} times within {CRASH_LOOP_SECONDS:.0f} s"
-            raise SlipstreamError(f"{child.name} ended with {what}{times}. The end of its log:\n{self.tail(child.name)}")
+            raise SlipstreamError(f"{child.name} ended with {what}{times}. Its log says:\n{self.explain(child.name)}")
         backoff = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (len(child.exits) - 1))
         child.restart_at = now + backoff
         self._say(f"{child.name}: ended with {what}, starting again in {backoff:.1f} s")
@@ -106,6 +106,13 @@ class Supervisor:
         except FileNotFoundError:
             return "(no log)"
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+
+    def explain(self, name: str) -> str:
+        """Why a child ended, by its log: the last message meant for a person, or else the last lines."""
+        log = self._logs / f"{name}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        errors = [line for line in lines if line.startswith("error: ")]
+        return f"    {errors[-1]}\n    (all of it: {log})" if errors else self.tail(name)
 
     def ask_to_end(self, name: str) -> None:
         """Send SIGTERM and do not restart."""

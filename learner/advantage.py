@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 EPSILON = 1e-6
-"""Groups whose rewards spread less than this carry no signal and get advantages of zero."""
+"""For z-score: groups whose rewards spread less than this carry no signal and get advantages of zero."""
 
 
 def advantages(rewards: torch.Tensor, kind: Literal["z-score", "mean", "leave-one-out"]) -> torch.Tensor:

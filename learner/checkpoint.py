@@ -58,7 +58,9 @@ def save_checkpoint(folder: Path, run: str, step: int, trainer: Any, published: 
     partial.rename(final)
     _sync(folder)
     for old in list_checkpoints(folder)[:-NUM_KEPT]:
-        shutil.rmtree(old)
+        removing = old.with_name(f".{old.name}.removing")
+        old.rename(removing)
+        shutil.rmtree(removing)
     return final
 
 
@@ -79,8 +81,10 @@ def load_state(checkpoint: Path, run: str) -> CheckpointState:
 
 
 def load_published(checkpoint: Path, state: CheckpointState) -> Published:
-    """The bits published last before the checkpoint, verified."""
-    _, weights = apply_file((checkpoint / "published.safetensors").read_bytes(), None, "")
+    """The bits published last before the checkpoint, verified. Raises CheckpointError, DamagedDelta or RootMismatch."""
+    header, weights = apply_file((checkpoint / "published.safetensors").read_bytes(), None, "")
+    if header.new_root != state.version.root:
+        raise CheckpointError(f"checkpoint {checkpoint} contradicts itself: its published weights are not those of its state. Remove it.")
     return Published(state.version, weights, state.bytes_since_snapshot)
 
 

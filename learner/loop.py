@@ -97,8 +97,13 @@ class Learner:
             if batch is None:
                 break
             last = min(self._pacing.last_use(batch.number) + 1, self._pacing.num_steps)
+            due = False
             while self.step < last:
                 self._take_step(batch)
+                due = due or self._is_due(self._config.learner.checkpoint_every)
+            # Between batches only: in the middle of one, its proximal log-probabilities would be part of the state.
+            if due and self.step < self._pacing.num_steps:
+                self._save()
         finished = self.step >= self._pacing.num_steps
         if finished and not self._is_due(self._config.learner.eval_every):
             self._evaluate()
@@ -142,8 +147,6 @@ class Learner:
             self._port.commit(self.step - 1, batch.number, lags, metrics)
         if self._is_due(self._config.learner.eval_every):
             self._evaluate()
-        if self._is_due(self._config.learner.checkpoint_every) and self.step < self._pacing.num_steps:
-            self._save()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
@@ -167,7 +170,7 @@ class Learner:
             self._stop_ids,
             self._ranks,
         )
-        if self._port is not None:
+        if self._port is not None and count > 0:
             log.info("step %d: held-out reward %.3f over %d prompts", self.step, reward, count)
             self._port.evaluated(self.step, reward, count)
 

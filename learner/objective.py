@@ -21,6 +21,9 @@ import torch
 
 from protocol.config import LossConfig
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are capped here (a ratio of 5e8), beyond any clip range: a long completion's product would overflow, and 0 * inf is no gradient."""
+
 
 class TokenBatch(NamedTuple):
     """Per-token tensors of shape (completions, longest); `mask` is 1 on sampled tokens and 0 on padding.
@@ -71,7 +74,7 @@ def objective(logprobs: torch.Tensor, batch: TokenBatch, config: LossConfig) -> 
     mask = batch.mask
     start = batch.behaviour if batch.proximal is None else batch.proximal
     log_ratio = torch.where(mask > 0, logprobs - start, torch.zeros_like(logprobs))
-    ratio = _spread(log_ratio, mask, config).exp()
+    ratio = _spread(log_ratio, mask, config).clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain = batch.advantages[:, None]
     surrogate = clipped * gain

@@ -32,7 +32,7 @@ class Publisher:
     def publish(self, step: int, weights: Weights) -> dict[str, float]:
         """Make theta_step available to actors; returns metrics.
 
-        The first publication of a session carries a snapshot, and so does one before which the deltas since the last snapshot have outgrown
+        The first publication of a run carries a snapshot, and so does one before which the deltas since the last snapshot have outgrown
         the weights themselves: a late joiner never fetches more than twice the weights.
         """
         version = PolicyVersion(self._next_number, step, self._lineage, root_hash(weights))

@@ -15,6 +15,10 @@ from learner.model import completion_logprobs
 from learner.objective import STATISTICS, TokenBatch, objective, token_weights
 from learner.ranks import Ranks
 from protocol.config import LearnerConfig, LossConfig
+from protocol.errors import RunHalted
+
+MAX_SKIPPED = 5
+"""Steps in a row whose gradient may be not finite."""
 
 
 def learning_rate(config: LearnerConfig, step: int, num_steps: int) -> float:
@@ -54,6 +58,7 @@ class Trainer:
             eps=learner.eps,
             weight_decay=learner.weight_decay,
         )
+        self._num_skipped = 0
         self._prepared: tuple[int, list[tuple[Microbatch, TokenBatch]]] | None = None
 
     def apply(self, batch: Batch, step: int) -> dict[str, float]:
@@ -73,11 +78,22 @@ class Trainer:
         lr = learning_rate(self._config, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self._update(grad_norm)
         return _metrics(dict(zip((*STATISTICS, "objective", "entropy"), totals.tolist(), strict=True))) | {
             "grad_norm": grad_norm,
             "lr": lr,
+            "update_skipped": float(self._num_skipped > 0),
         }
+
+    def _update(self, grad_norm: float) -> None:
+        """Apply the summed gradient, unless it is not finite; every rank decides alike. Raises RunHalted when that does not pass."""
+        if math.isfinite(grad_norm):
+            self._num_skipped = 0
+            self.optimizer.step()
+            return
+        self._num_skipped += 1
+        if self._num_skipped >= MAX_SKIPPED:
+            raise RunHalted(f"the gradient was not finite in {MAX_SKIPPED} steps in a row; lower learner.lr or the clip range")
 
     def _microbatches(self, batch: Batch) -> list[tuple[Microbatch, TokenBatch]]:
         """This rank's share of the batch; kept while the same batch is reused, so that proximal log-probabilities stay those of its first use."""
@@ -99,7 +115,7 @@ class Trainer:
         return micro, TokenBatch(micro.mask, micro.behaviour, micro.advantages, weights, proximal, reference)
 
     def _sum_gradients(self) -> float:
-        """Sum gradients over the ranks in one flat buffer and clip their norm; returns the norm before clipping."""
+        """Sum gradients over the ranks in one flat buffer and clip their norm; returns the norm before clipping, not finite if any part is not."""
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._parameters])
         self._ranks.sum_(flat)
         norm = float(flat.norm())

@@ -51,7 +51,7 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % EVAL_EVERY == 0:
+        if step % EVAL_EVERY == 0 or step == config.max_steps:
             reward, _ = evaluate(model.eval(), tokenizer, task, EVAL_PROMPTS, max_tokens, [tokenizer.eos_token_id], OneRank())
             model.train()
             log.info("supervised step %d: loss %.3f, held-out reward %.3f of %.2f", step, loss.item(), reward, config.target_reward)

@@ -20,7 +20,7 @@ from protocol.pacing import Pacing, smallest_max_lag
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(_Section):
@@ -215,8 +215,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a TOML file, with `section.field=value` overrides applied. Raises ConfigError."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("config file", str(path), "does not exist", "give the path of a TOML file, see examples/") from None
+    except OSError as error:
+        raise ConfigError(
+            "config file", str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file, see examples/"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("config file", str(path), f"is not valid TOML ({error})", "mend the line it names") from None
     for override in overrides:
@@ -246,7 +248,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    data.setdefault(section, {})[field] = value
+    if not isinstance(data.setdefault(section, {}), dict):
+        raise ConfigError(section, data[section], "is not a section", f"write [{section}] and its fields below it")
+    data[section][field] = value
 
 
 def _config_error(error: ValidationError) -> ConfigError:

@@ -34,6 +34,7 @@ from protocol.weights import DTYPE_BITS, PolicyVersion, Tensor, Weights, num_byt
 DELTA_FORMAT: Final = "slipstream-delta/1"
 SNAPSHOT_FORMAT: Final = "slipstream-snapshot/1"
 ESCAPE: Final = 255
+MAX_MANIFEST_BYTES: Final = 64 << 20
 STREAMS: Final = ("positions", "ulps", "escapes", "raw")
 Codec = Literal["same", "gaps", "bitmap", "raw", "removed"]
 
@@ -194,10 +195,12 @@ def _apply_delta(tensors: Mapping[str, Tensor], held: Weights) -> Weights:
     if set(tensors) != {"manifest", *STREAMS}:
         raise DamagedDelta(f"streams are {sorted(tensors)}")
     try:
-        parts = msgspec.json.decode(_decompress(tensors["manifest"]), type=list[_Part])
-    except msgspec.DecodeError as error:
+        parts = msgspec.json.decode(_decompress(tensors["manifest"], MAX_MANIFEST_BYTES), type=list[_Part])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DamagedDelta(f"manifest: {error}") from None
-    streams = [_decompress(tensors[stream]) for stream in STREAMS]
+    streams = [
+        _decompress(tensors[stream], sum(max(0, part.lengths[position]) for part in parts)) for position, stream in enumerate(STREAMS)
+    ]
     offsets = [0, 0, 0, 0]
     new: Weights = {}
     for part in parts:
@@ -233,6 +236,8 @@ def _decode_tensor(part: _Part, pieces: list[bytes], held: Tensor | None) -> Ten
         return held
     changed = _decode_positions(part, pieces[0], size)
     symbols = np.frombuffer(pieces[1], np.uint8).astype(np.int64)
+    if len(pieces[2]) % (2 * dtype.itemsize):
+        raise DamagedDelta(f"tensor {part.name!r} has {len(pieces[2])} bytes of escapes")
     escapes = np.frombuffer(pieces[2], f"<u{2 * dtype.itemsize}").astype(np.int64)
     escaped = symbols == ESCAPE
     if changed.size != part.num_changed or symbols.size != changed.size or int(escaped.sum()) != escapes.size:
@@ -284,14 +289,16 @@ def _stream(data: bytes) -> Tensor:
     return Tensor("U8", (len(data),), np.frombuffer(data, np.uint8))
 
 
-def _decompress(tensor: Tensor) -> bytes:
+def _decompress(tensor: Tensor, limit: int) -> bytes:
+    """A stream's bytes. Memory is taken as they come, so a frame that claims more than it holds costs nothing."""
     try:
-        size = zstandard.frame_content_size(tensor.bits.data)
-        if not 0 <= size <= (1 << 40):
-            raise DamagedDelta(f"a stream claims {size} bytes")
-        return zstandard.ZstdDecompressor().decompress(tensor.bits.data, max_output_size=max(size, 1))
-    except zstandard.ZstdError as error:
+        with zstandard.ZstdDecompressor().stream_reader(tensor.bits.data) as reader:
+            data = reader.read(limit + 1)
+    except (zstandard.ZstdError, MemoryError) as error:
         raise DamagedDelta(f"a stream does not decompress: {error}") from None
+    if len(data) > limit:
+        raise DamagedDelta(f"a stream holds more than the {limit} bytes of its manifest")
+    return data
 
 
 def _metadata(header: DeltaHeader, file_format: str) -> dict[str, str]:

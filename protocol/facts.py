@@ -73,8 +73,8 @@ class GroupAccepted(Fact, frozen=True):
     seq: int
     ticket: int
     attempt: int
-    oldest_version: int
-    newest_version: int
+    versions: list[int]
+    """Numbers of all versions that its tokens were sampled from, ascending."""
     oldest_step: int
     num_tokens: int
     reward: float
@@ -125,7 +125,8 @@ class StepCommitted(Fact, frozen=True):
     batch: int
     lineage: int
     lags: list[int]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
+    """None stands for a number that was not finite, which JSON cannot write."""
 
 
 class Evaluated(Fact, frozen=True):
@@ -174,7 +175,7 @@ class LearnerFinished(Fact, frozen=True):
     """The learner ended in order."""
 
     step: int
-    summary: dict[str, float]
+    summary: dict[str, float | None]
 
 
 class ActorsDesired(Fact, frozen=True):

@@ -19,10 +19,13 @@ HEARTBEAT_SECONDS: Final = 1.0
 LEASE_SECONDS: Final = 6.0
 """An actor silent for this long has lost its tickets."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^(?!\.+\Z)[\w.\-]+\Z")]
+"""Usable as a file name: no slash, not only dots, no line end."""
 Text = Annotated[str, Meta(max_length=4096)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Figure = Annotated[float, Meta(ge=0.0, le=1e15)]
+"""A finite number that is not negative."""
 Tickets = Annotated[list[Count], Meta(max_length=1 << 16)]
 
 
@@ -69,9 +72,9 @@ class ActorReport(Message, frozen=True):
     num_wanted: Annotated[int, Meta(ge=0, le=4096)]
     """How many tickets this actor is ready to have in hand."""
     tickets: Tickets
-    busy_seconds: float
+    busy_seconds: Figure
     """Seconds spent generating since the start of the process."""
-    elapsed_seconds: float
+    elapsed_seconds: Figure
     num_tokens: Count
     """Tokens sampled since the start of the process."""
     doing: Text
@@ -230,7 +233,7 @@ class Evaluation(Message, frozen=True):
     """Mean held-out reward of theta_step over `num_prompts` prompts."""
 
     step: Count
-    reward: float
+    reward: Annotated[float, Meta(ge=-1e30, le=1e30)]
     num_prompts: Count
 
 
@@ -239,8 +242,8 @@ class LearnerReport(Message, frozen=True):
 
     session: Name
     step: Count
-    busy_seconds: float
-    elapsed_seconds: float
+    busy_seconds: Figure
+    elapsed_seconds: Figure
     doing: Text
 
 

@@ -49,7 +49,7 @@ class PolicyVersion(msgspec.Struct, frozen=True, array_like=True):
 class BlobRef(msgspec.Struct, frozen=True, array_like=True):
     """A content-addressed file: BLAKE3 of its bytes, and its size in bytes."""
 
-    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
     size: Annotated[int, msgspec.Meta(ge=0)]
 
 

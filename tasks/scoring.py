@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import SupportsFloat
 
 from protocol.errors import TaskError
 from tasks.base import Problem, Task
 
 _SHOWN_CHARACTERS = 120
+LARGEST = 3.4e38
+"""Rewards travel as float32."""
 
 
 def score(task: Task, problem: Problem, completion: str) -> float:
@@ -23,7 +24,7 @@ def score(task: Task, problem: Problem, completion: str) -> float:
         value = float(reward) if isinstance(reward, SupportsFloat) else None
     except Exception as error:  # a reward is user code and may raise anything; the cause is chained, not lost
         raise TaskError(f"{_where(task, problem, completion)} raised {type(error).__name__}: {error}") from error
-    if value is None or not math.isfinite(value):
+    if value is None or not abs(value) <= LARGEST:
         raise TaskError(f"{_where(task, problem, completion)} is {reward!r}. Return a finite number.")
     return value
 

@@ -59,7 +59,7 @@ def slow_logprobs() -> Callable[..., tuple[list[torch.Tensor], list[float]]]:
             logits = model(input_ids=ids).logits[0, -1] / temperature
             all_logprobs = torch.log_softmax(logits, dim=-1)
             logprobs.append(all_logprobs[int(token)])
-            entropies.append(-sum(float(x.exp() * x) for x in all_logprobs))
+            entropies.append(-sum((x.exp() * x).item() for x in all_logprobs.detach()))
         return logprobs, entropies
 
     return slow

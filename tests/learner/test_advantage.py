@@ -77,8 +77,7 @@ def test_the_advantages_of_a_group_sum_to_zero(kind: str, table: list[list[float
 
 @given(table=reward_tables(), shift=st.integers(-8, 8), scale=st.sampled_from([0.5, 2.0, 8.0]))
 def test_z_scores_do_not_depend_on_the_scale_and_origin_of_rewards(table: list[list[float]], shift: int, scale: float) -> None:
-    rewards = torch.tensor(table, dtype=torch.float64)
-    wide = rewards[(rewards.std(dim=1, correction=0) > 1e-2)]
+    wide = torch.tensor([group if std_of(group) > 1e-2 else range(len(group)) for group in table], dtype=torch.float64)
     found = advantages(shift + scale * wide, "z-score")
     assert torch.allclose(found, advantages(wide, "z-score"), rtol=1e-6, atol=1e-9)
 

@@ -30,9 +30,7 @@ class Example(NamedTuple):
 def every_config() -> list[LossConfig]:
     choices = itertools.product(("clip", "min-clip"), ("token", "sequence"), ("sequence", "token"), (0.0, 0.1), (None, CAP))
     return [
-        LossConfig(
-            surrogate=surrogate, ratio=ratio, aggregate=aggregate, kl_coef=kl, importance_cap=cap, clip_low=LOW, clip_high=HIGH
-        )
+        LossConfig(surrogate=surrogate, ratio=ratio, aggregate=aggregate, kl_coef=kl, importance_cap=cap, clip_low=LOW, clip_high=HIGH)
         for surrogate, ratio, aggregate, kl, cap in choices
     ]
 
@@ -138,9 +136,7 @@ def padded(rows: list[list[float]], longest: int, padding: float = 0.0) -> torch
     return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.float64)
 
 
-def tensors(
-    config: LossConfig, example: Example, rows: list[int], extra: int = 0, padding: float = 0.0
-) -> tuple[torch.Tensor, TokenBatch]:
+def tensors(config: LossConfig, example: Example, rows: list[int], extra: int = 0, padding: float = 0.0) -> tuple[torch.Tensor, TokenBatch]:
     """Rows of the example as one microbatch; `extra` more columns of padding, filled with `padding`."""
     longest = max(len(example.logprobs[i]) for i in rows) + extra
     counts = torch.tensor([len(example.logprobs[i]) for i in rows])
@@ -174,7 +170,7 @@ def test_the_value_is_that_of_the_formula(config: LossConfig) -> None:
     for seed in range(5):
         example = make_example(config, seed)
         logprobs, batch = tensors(config, example, list(range(6)))
-        assert float(objective(logprobs, batch, config).value) == pytest.approx(slow_objective(config, example)[0], rel=1e-6, abs=1e-7)
+        assert objective(logprobs, batch, config).value.item() == pytest.approx(slow_objective(config, example)[0], rel=1e-6, abs=1e-7)
 
 
 @every
@@ -202,7 +198,7 @@ def test_padding_changes_nothing(config: LossConfig) -> None:
     plain, gradient = value_and_gradient(config, *tensors(config, example, list(range(6))))
     for padding in (0.0, 50.0, -1e4, math.nan):
         wide, wide_gradient = value_and_gradient(config, *tensors(config, example, list(range(6)), extra=3, padding=padding))
-        assert float(wide.value) == pytest.approx(float(plain.value), rel=1e-12)
+        assert wide.value.item() == pytest.approx(plain.value.item(), rel=1e-12)
         assert {k: float(v) for k, v in wide.statistics.items()} == pytest.approx({k: float(v) for k, v in plain.statistics.items()})
         assert torch.allclose(wide_gradient[:, :-3], gradient, rtol=1e-12)
         assert not wide_gradient[:, -3:].any()
@@ -215,11 +211,11 @@ def test_microbatches_sum_to_the_whole_batch(config: LossConfig) -> None:
     value, statistics = 0.0, dict.fromkeys(STATISTICS, 0.0)
     for rows in ([4], [0, 5, 2], [1, 3]):
         part, part_gradient = value_and_gradient(config, *tensors(config, example, rows))
-        value += float(part.value)
+        value += part.value.item()
         for name in STATISTICS:
             statistics[name] += float(part.statistics[name])
         assert torch.allclose(part_gradient, gradient[rows, : part_gradient.shape[1]], rtol=1e-12)
-    assert value == pytest.approx(float(whole.value), rel=1e-12)
+    assert value == pytest.approx(whole.value.item(), rel=1e-12)
     assert statistics == pytest.approx({k: float(v) for k, v in whole.statistics.items()})
 
 
@@ -244,7 +240,7 @@ def test_the_ratio_of_unchanged_weights_is_one_and_nothing_is_clipped(surrogate:
     count = float(result.statistics["num_tokens"])
     assert float(result.statistics["ratio"]) == count
     assert float(result.statistics["num_clipped"]) == 0
-    assert float(result.value) == pytest.approx(float(np.mean(example.advantages)), rel=1e-6)
+    assert result.value.item() == pytest.approx(float(np.mean(example.advantages)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("gain", "log_ratio"), [(1.0, -0.5), (-1.0, 0.5)])
@@ -255,7 +251,7 @@ def test_min_clip_lets_a_gradient_through_where_clip_does_not(gain: float, log_r
         config = LossConfig(surrogate=surrogate, clip_low=LOW, clip_high=HIGH)
         example = Example([[-1.0 + log_ratio]], [[-1.0]], [[-1.0]], [[-1.0]], [gain])
         _, gradient = value_and_gradient(config, *tensors(config, example, [0]))
-        slopes[surrogate] = float(gradient)
+        slopes[surrogate] = gradient.item()
     assert slopes["clip"] == 0
     assert slopes["min-clip"] == pytest.approx(gain * math.exp(log_ratio))
 
@@ -316,6 +312,6 @@ def test_a_sequence_ratio_beyond_the_range_of_floats_is_clipped_like_any_other(s
     weights = token_weights(torch.tensor([count]), count, "sequence", 1, count)
     batch = TokenBatch(torch.ones(1, count), behaviour, torch.tensor([gain]), weights)
     result, gradient = value_and_gradient(config, logprobs, batch)
-    assert float(result.value) == pytest.approx((1 + HIGH) * gain, rel=1e-5)
+    assert result.value.item() == pytest.approx((1 + HIGH) * gain, rel=1e-5)
     assert not gradient.any()
     assert all(math.isfinite(float(value)) for value in result.statistics.values())
