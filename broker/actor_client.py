@@ -69,9 +69,14 @@ class ActorClient:
         self._engine, self._report = engine, report
         self._context: zmq.Context[Any] = zmq.Context()
         identity = make_identity(self._name, self._epoch)
-        raw = client_socket(self._context, self._address, Channel.ACTORS, self._key, identity)
-        await asyncio.to_thread(wait_connected, raw, self._address, Channel.ACTORS, "actor", CONNECT_SECONDS)
-        self._socket = zmq.asyncio.Socket.from_socket(raw)
+        self._raw = client_socket(self._context, self._address, Channel.ACTORS, self._key, identity)
+        try:
+            await asyncio.to_thread(wait_connected, self._raw, self._address, Channel.ACTORS, "actor", CONNECT_SECONDS)
+        except BaseException:
+            self._raw.close(linger=0)
+            self._context.term()
+            raise
+        self._socket = zmq.asyncio.Socket.from_socket(self._raw)
         self._blobs = BlobClient(self._context, self._address, self._key, identity)
         self._heard_at = time.monotonic()
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._heartbeat())]
@@ -129,6 +134,7 @@ class ActorClient:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._socket.close(linger=200)
+            self._raw.close()
         self._blob_thread.shutdown()
         if self._blobs is not None:
             self._blobs.close()

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import zmq
@@ -56,6 +57,8 @@ class LearnerClient:
         self._heartbeat = _Heartbeat(self._context, address, key, self._activity)
         self._heartbeat.start()
         self._stop: messages.Stop | None = None
+        self._uncommitted: dict[int, messages.CommitStep] = {}
+        """Steps applied and not known to be in the journal, sent again with every request for a batch."""
 
     def run_info(self) -> messages.RunInfo:
         """What run this is. Raises IncompatiblePeer."""
@@ -76,23 +79,30 @@ class LearnerClient:
 
     def next_batch(self, step: int) -> ReceivedBatch | None:
         self._activity.step = step
-        if self._stop is not None:
-            return None
-        ready = self._request_or_stop(messages.NextBatch(step), messages.BatchReady, f"the batch of step {step}")
+        # The commit before goes along with the request: the broker journals both at once, and answers neither before.
+        ready = self._exchange(
+            [*self._uncommitted.values(), messages.NextBatch(step)],
+            messages.BatchReady,
+            f"the batch of step {step}",
+            _is_for(step),
+            stop_ends=True,
+        )
         if ready is None:
+            self._confirm_commits()
             return None
+        self._uncommitted.clear()
         return ReceivedBatch(ready.batch, self._fetch_groups(ready.tickets), ready.version_steps)
 
     def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
-        request = messages.CommitStep(step, batch, lags, metrics)
-        self._request(request, messages.Committed, f"the commit of step {step}", lambda answer: answer.step == step)
+        self._uncommitted[step] = messages.CommitStep(step, batch, lags, metrics)
+        self._activity.step = step + 1
 
     def put_blob(self, data: bytes) -> BlobRef:
         return self._blobs.put(data)
 
     def publish(self, publication: messages.Publish) -> messages.Published:
         step = publication.version.step
-        return self._request(publication, messages.Published, f"the publication of step {step}", lambda answer: answer.step == step)
+        return self._request(publication, messages.Published, f"the publication of step {step}", _is_for(step))
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
         self._send(messages.Evaluation(step, reward, num_prompts))
@@ -101,6 +111,7 @@ class LearnerClient:
         self._activity.change(text)
 
     def done(self, step: int, summary: dict[str, float]) -> None:
+        self._confirm_commits()
         self._request(messages.LearnerDone(step, summary), messages.Goodbye, "the goodbye")
 
     def close(self) -> None:
@@ -133,19 +144,34 @@ class LearnerClient:
             self._note(message)
         return [payloads[ticket] for ticket in tickets]
 
-    def _request(self, request: messages.Message, answer: type[R], waiting_for: str, fits: Any = None) -> R:
-        found = self._exchange(request, answer, waiting_for, fits, stop_ends=False)
+    def _request(self, request: messages.Message, answer: type[R], waiting_for: str, fits: Callable[[R], bool] | None = None) -> R:
+        found = self._exchange([request], answer, waiting_for, fits, stop_ends=False)
         assert found is not None
         return found
 
-    def _request_or_stop(self, request: messages.Message, answer: type[R], waiting_for: str) -> R | None:
-        return self._exchange(request, answer, waiting_for, None, stop_ends=True)
+    def _confirm_commits(self) -> None:
+        """Wait until every step applied is in the journal."""
+        for step, commit in list(self._uncommitted.items()):
+            self._request(commit, messages.Committed, f"the commit of step {step}", _is_for(step))
+            del self._uncommitted[step]
 
-    def _exchange(self, request: messages.Message, answer: type[R], waiting_for: str, fits: Any, *, stop_ends: bool) -> R | None:
-        """Send `request` until an `answer` comes. With `stop_ends`, None once the broker says stop."""
-        self._send(request)
-        sent_at = heard_at = time.monotonic()
+    def _exchange(
+        self,
+        requests: list[messages.Message],
+        answer: type[R],
+        waiting_for: str,
+        fits: Callable[[R], bool] | None = None,
+        *,
+        stop_ends: bool,
+    ) -> R | None:
+        """Send `requests`, again and again, until an `answer` comes. With `stop_ends`, None once the broker says stop."""
+        sent_at = float("-inf")
+        heard_at = time.monotonic()
         while not (stop_ends and self._stop is not None):
+            if time.monotonic() - sent_at >= RESEND_SECONDS:
+                for request in requests:
+                    self._send(request)
+                sent_at = time.monotonic()
             received = self._receive(RESEND_SECONDS, waiting_for, heard_at)
             if received is not None:
                 heard_at = time.monotonic()
@@ -153,9 +179,6 @@ class LearnerClient:
                 if isinstance(message, answer) and (fits is None or fits(message)):
                     return message
                 self._note(message)
-            if time.monotonic() - sent_at >= RESEND_SECONDS:
-                self._send(request)
-                sent_at = time.monotonic()
         return None
 
     def _note(self, message: messages.ToLearner) -> None:
@@ -191,6 +214,11 @@ class LearnerClient:
         """Send, or drop if the broker is away: requests are repeated."""
         if self._socket.poll(100, zmq.POLLOUT):
             self._socket.send_multipart(codec.encode(message))
+
+
+def _is_for(step: int) -> Callable[[messages.Committed | messages.Published | messages.BatchReady], bool]:
+    """Whether an answer is about `step`, and not a second answer to a request that was sent twice."""
+    return lambda answer: answer.step == step
 
 
 class _Activity:

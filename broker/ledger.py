@@ -343,6 +343,9 @@ class Ledger:
             self._answer(learner.session, messages.Stop(self.progress.stopping))
             return
         batch = self.pacing.batch_of_step(step)
+        if step > self.progress.step:
+            self._answer(learner.session, messages.BatchPending(step, 0, f"the commit of step {self.progress.step}"))
+            return
         if step != self.progress.step or batch > self.tickets.next_batch:
             reason = f"step {step} was asked for, the next one is {self.progress.step}"
             self._answer(learner.session, messages.LearnerRefused("batch", reason))

@@ -25,7 +25,7 @@ from tasks.base import Task
 log = logging.getLogger("prepare")
 NUM_SAMPLED = 2000
 """Training problems whose characters make the vocabulary."""
-EVAL_EVERY = 50
+EVAL_EVERY = 20
 EVAL_PROMPTS = 256
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
@@ -40,11 +40,11 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
     rng = np.random.default_rng(seed)
     tokenizer = character_tokenizer(_texts(task))
     model = _small_llama(tokenizer, config, task, max_tokens)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     reward = 0.0
     for step in range(1, config.max_steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / 100)
+            group["lr"] = config.lr * min(1.0, step / 50)
         problems = [task.train(int(index)) for index in rng.integers(0, task.num_train, config.batch_size)]
         loss = _solution_loss(model, tokenizer, [(problem.prompt, task.solution(problem)) for problem in problems])
         optimizer.zero_grad(set_to_none=True)

@@ -81,7 +81,7 @@ class LearnerPort(Protocol):
         """The batch that `step` uses; waits for it. None when the run is to stop."""
 
     def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
-        """Record that theta_{step+1} exists."""
+        """Record that theta_{step+1} exists. May return before it is in the journal; `next_batch` and `done` do not."""
 
     def put_blob(self, data: bytes) -> BlobRef:
         """Store a blob."""

@@ -464,14 +464,16 @@ def test_a_window_of_one_batch_keeps_exact_ticket_order() -> None:
 # --- the learner
 
 
-def test_the_learner_is_refused_a_step_out_of_turn() -> None:
+def test_the_learner_is_refused_a_step_that_is_over_and_told_to_commit_before_a_later_one() -> None:
     run = started(max_lag=1)
     run.actor("a", 0)
     run.one_step(0)
-    for step in (0, 2):
-        effects = run.want(step)
-        assert run.sent(messages.LearnerRefused, effects=effects)
-        assert not run.sent(messages.BatchReady, effects=effects)
+    over = run.want(0)
+    assert run.sent(messages.LearnerRefused, effects=over)
+    early = run.want(2)
+    (pending,) = run.sent(messages.BatchPending, effects=early)
+    assert pending.waiting_for == "the commit of step 1"
+    assert not run.sent(messages.BatchReady, effects=[*over, *early])
 
 
 def test_the_learner_cannot_commit_a_step_out_of_turn_or_on_another_batch() -> None:

@@ -68,6 +68,13 @@ class Background:
         """The exit code."""
         return self.process.wait(DEADLINE_SECONDS)
 
+    def wait_for_output(self, text: str) -> None:
+        """Wait until `up` has printed `text`."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while text not in (self.directory.parent / "up.txt").read_text():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)  # a file that grows has no event to wait for
+
     def close(self) -> None:
         if self._control is not None:
             self._control.close()

@@ -61,6 +61,7 @@ def test_two_interrupts_end_it_now_and_leave_nothing(start: Callable[..., Any], 
     run.until(lambda status: status["step"] >= 1)
     everything = run.everything()
     run.process.send_signal(signal.SIGINT)
+    run.wait_for_output("stopping")  # two signals at once would be one
     run.process.send_signal(signal.SIGINT)
     assert run.wait() != 0
     assert_all_gone(everything)
