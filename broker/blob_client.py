@@ -14,7 +14,7 @@ import blake3
 import zmq
 
 from broker.keys import KeyFile
-from broker.sockets import Channel, client_socket, endpoint
+from broker.sockets import Channel, client_socket, endpoint, send_or_drop
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, DamagedDelta, RequestRefused
 from protocol.messages import CHUNK_BYTES
@@ -114,5 +114,4 @@ class BlobClient:
 
     def _send(self, message: messages.BlobMessage, payload: bytes | memoryview = b"") -> None:
         """Send, waiting for a connection; a broker that is away for long is noticed by whoever waits for the answer."""
-        if self._socket.poll(int(RETRY_SECONDS * 1000), zmq.POLLOUT):
-            self._socket.send_multipart(codec.encode(message, payload))
+        send_or_drop(self._socket, codec.encode(message, payload), int(RETRY_SECONDS * 1000))

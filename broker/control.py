@@ -9,7 +9,7 @@ import zmq
 
 from broker.keys import KeyFile
 from broker.server import make_identity
-from broker.sockets import Channel, client_socket, wait_connected
+from broker.sockets import Channel, client_socket, send_or_drop, wait_connected
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable
 
@@ -54,8 +54,7 @@ class ControlClient:
 
     def _ask(self, request: messages.ControlMessage, seconds: float) -> messages.FromControl:
         wanted = messages.RunStatus if isinstance(request, messages.GetStatus) else messages.Done
-        if self._socket.poll(int(seconds * 1000), zmq.POLLOUT):
-            self._socket.send_multipart(codec.encode(request))
+        if send_or_drop(self._socket, codec.encode(request), int(seconds * 1000)):
             while self._socket.poll(int(seconds * 1000)):
                 answer, _ = codec.to_control.decode(self._socket.recv_multipart())
                 if isinstance(answer, wanted):

@@ -19,7 +19,7 @@ from broker.blob_client import BlobClient
 from broker.core import LEARNER
 from broker.keys import KeyFile
 from broker.server import make_identity
-from broker.sockets import Channel, client_socket, endpoint, wait_connected
+from broker.sockets import Channel, client_socket, endpoint, send_or_drop, wait_connected
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, IncompatiblePeer, MalformedFrame, RequestRefused
 from protocol.messages import HEARTBEAT_SECONDS, PROTOCOL_VERSION
@@ -212,8 +212,7 @@ class LearnerClient:
 
     def _send(self, message: messages.Message) -> None:
         """Send, or drop if the broker is away: requests are repeated."""
-        if self._socket.poll(100, zmq.POLLOUT):
-            self._socket.send_multipart(codec.encode(message))
+        send_or_drop(self._socket, codec.encode(message))
 
 
 def _is_for(step: int) -> Callable[[messages.Committed | messages.Published | messages.BatchReady], bool]:
@@ -257,8 +256,7 @@ class _Heartbeat(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            if self._socket.poll(0, zmq.POLLOUT):
-                self._socket.send_multipart(codec.encode(self._activity.report()))
+            send_or_drop(self._socket, codec.encode(self._activity.report()), 0)
         self._socket.close(linger=0)
 
     def stop(self) -> None:

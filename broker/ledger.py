@@ -418,6 +418,10 @@ class Ledger:
                 self._record(facts.TicketRevoked(ticket.number, ticket.attempt, "orphaned"))
 
     def _learner_gone(self, event: ev.LearnerGone) -> None:
+        if event.step != self.progress.step:
+            reason = f"it says it ends at step {event.step}, the journal is at step {self.progress.step}"
+            self._answer(event.session, messages.LearnerRefused("done", reason))
+            return
         if not self.progress.ended:
             self._record(facts.LearnerFinished(event.step, finite(event.summary)))
             self._stop("the last step is done" if event.step >= self.pacing.num_steps else "the learner has left")

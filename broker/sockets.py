@@ -163,6 +163,20 @@ def wait_connected(dealer: zmq.Socket[Any], address: str, channel: Channel, role
     raise BrokerUnreachable(address, seconds, f"the {channel.name.lower()} channel")
 
 
+def send_or_drop(socket: zmq.Socket[Any], frames: list[bytes | memoryview], wait_milliseconds: int = 100) -> bool:
+    """Send a message if the peer can take it within a moment; whether it was sent.
+
+    Never blocks beyond the wait: a connection can go away between the question and the send.
+    """
+    if not socket.poll(wait_milliseconds, zmq.POLLOUT):
+        return False
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True
+
+
 def receive(socket: zmq.Socket[Any]) -> list[bytes]:
     """The frames of one waiting message; of more than four only four are kept, which is enough to refuse it."""
     frames = [socket.recv(zmq.NOBLOCK)]

@@ -102,8 +102,9 @@ def _supervised_policy(config: Config, say: Callable[[str], None]) -> Path:
         )
         try:
             assert child.stdout is not None
-            for line in child.stdout:
-                say(f"policy: {line.rstrip()}")
+            with child.stdout as lines:
+                for line in filter(str.strip, lines):
+                    say(f"policy: {line.rstrip()}")
         except BaseException:
             child.kill()
             raise

@@ -25,7 +25,7 @@ from tasks.base import Task
 log = logging.getLogger("prepare")
 NUM_SAMPLED = 2000
 """Training problems whose characters make the vocabulary."""
-EVAL_EVERY = 20
+EVAL_EVERY = 10
 EVAL_PROMPTS = 256
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 

@@ -1,0 +1,49 @@
+"""What a person sees: the same facts live and in plain lines."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from deploy.monitor import Monitor, Pace, render
+from protocol.messages import PeerStatus, RunStatus
+
+
+def status(step: int = 10, elapsed: float = 20.0) -> RunStatus:
+    actor = PeerStatus("actor-0", "host", "transformers", 3, 8, [41, 42], 0.5, 1234.0, 0.2, "generating 1 groups")
+    learner = PeerStatus("learner (2 ranks)", "", "", -1, 10, [], 0.75, 0.0, 0.1, "training step 10")
+    return RunStatus(
+        run="run-1", phase="training", step=step, num_steps=100, max_lag=4, elapsed_seconds=elapsed,
+        issued=50, outstanding=4, queued=6, consumed=40, expired=0, failed=0, void=0, refused={"stale": 1},
+        lags={0: 8, 3: 2}, largest_lag=3, num_versions=4, newest_step=10, delta_bytes=1500, full_bytes=250_000,
+        actors=[actor], learner=learner, desired_actors=1, metrics={"reward": 0.5, "lag_mean": 1.5},
+        evaluations=[(0, 0.25), (10, 0.5)], waits=["learner waits for 3 groups"], halted="",
+    )  # fmt: skip
+
+
+def test_the_live_view_shows_who_waits_lags_tickets_rewards_and_bytes() -> None:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(status(), 75.0))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    wanted = ("run-1", "10/100", "1:15 left", "training 0.500", "held-out 0.500 at step 10 (before: 0.250)", "0: 8", "S = 4", "largest 3")
+    wanted += ("50 issued = 4 outstanding + 6 queued + 40 consumed", "1 stale", "1.5 KB of 250.0 KB", "actor-0", "41 42", "1234", "50%")
+    for part in (*wanted, "learner (2 ranks)", "training step 10", "learner waits for 3 groups"):
+        assert part in text, part
+
+
+def test_plain_lines_come_every_few_seconds_where_there_is_no_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Monitor(console) as monitor:
+        for second in range(12):
+            monitor.show(status(step=second, elapsed=float(second)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split(",")[0] for line in lines] == ["step 0/100", "step 5/100", "step 10/100"], "one line each, however narrow"
+
+
+def test_the_time_left_follows_the_pace_of_the_steps() -> None:
+    pace = Pace()
+    assert pace.seconds_left(status(0, 0.0)) is None
+    assert pace.seconds_left(status(10, 20.0)) == pytest.approx(180.0)
+    assert pace.seconds_left(status(10, 25.0)) == pytest.approx(180.0)
