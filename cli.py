@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RunOption = Annotated[Optional[Path], typer.Option("--run", help="The run's directory. Default: the latest run.")]  # noqa: UP045
+RunOption = Annotated[Path | None, typer.Option("--run", help="The run's directory. Default: the latest run.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Override a field: section.field=value. May be repeated.")]
 BrokerOption = Annotated[str, typer.Option("--broker", help="The broker's address, tcp://host:port.")]
 KeyOption = Annotated[Path, typer.Option("--key", help="The key file of this role, from the run's keys/ directory.")]
@@ -31,7 +32,7 @@ RUNS = Path("runs")
 def up(
     config: Annotated[Path, typer.Argument(help="A TOML file, see examples/.")],
     overrides: SetOption = [],  # noqa: B006
-    directory: Annotated[Optional[Path], typer.Option(help="The run's directory. Default: made below run.directory.")] = None,  # noqa: UP045
+    directory: Annotated[Path | None, typer.Option(help="The run's directory. Default: made below run.directory.")] = None,
     serial: Annotated[bool, typer.Option("--serial", help="All roles in this one process, over in-memory ports.")] = False,
 ) -> None:
     """Train: prepare the policy, start broker, actors and learner on this machine, and show what happens."""
@@ -42,6 +43,7 @@ def up(
     from deploy.monitor import Monitor
     from deploy.prepare import prepare_run
     from protocol.config import load_config
+    from protocol.errors import SlipstreamError
 
     console = Console(highlight=False)
     with Monitor(console) as monitor:
@@ -53,7 +55,13 @@ def up(
             log_to_stderr()
             run_serial(run)
         else:
-            LocalRun(run, monitor).go()
+            try:
+                LocalRun(run, monitor).go()
+            except (SlipstreamError, KeyboardInterrupt):
+                with contextlib.suppress(SlipstreamError):
+                    finish_run(run.path)
+                    monitor.say(f"what there is: {run.path / 'summary.json'}")
+                raise
     for line in finish_run(run.path):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -61,7 +69,7 @@ def up(
 @app.command()
 def broker(
     run: RunOption = None,
-    address: Annotated[Optional[str], typer.Option(help="Where to listen. Default: where the run listened before, or its config.")] = None,  # noqa: UP045
+    address: Annotated[str | None, typer.Option(help="Where to listen. Default: where the run listened before, or its config.")] = None,
     parent: ParentOption = 0,
 ) -> None:
     """Run a run's broker: ledger, journal and blob store."""
@@ -75,7 +83,7 @@ def broker(
 def actor(
     broker: BrokerOption,
     key: KeyOption,
-    name: Annotated[Optional[str], typer.Option(help="A name that no other actor of the run has. Default: host and process id.")] = None,  # noqa: UP045
+    name: Annotated[str | None, typer.Option(help="A name that no other actor of the run has. Default: host and process id.")] = None,
     parent: ParentOption = 0,
 ) -> None:
     """Run one actor: it needs the broker's address and a key, and may join and leave at any time."""
@@ -93,7 +101,7 @@ def learner(
     folder: Annotated[Path, typer.Option(help="Where checkpoints go and resume from. Filled from the broker where it is empty.")],
     ranks: Annotated[int, typer.Option(help="Ranks on this machine.")] = 1,
     nodes: Annotated[str, typer.Option(help="Machines, for torchrun: a number or min:max. Needs --rendezvous.")] = "1",
-    rendezvous: Annotated[Optional[str], typer.Option(help="host:port that all machines of the learner reach.")] = None,  # noqa: UP045
+    rendezvous: Annotated[str | None, typer.Option(help="host:port that all machines of the learner reach.")] = None,
     parent: ParentOption = 0,
 ) -> None:
     """Run the learner's ranks on this machine under torchrun."""
@@ -179,8 +187,8 @@ def down(run: RunOption = None) -> None:
 @app.command("eval")
 def evaluate(
     run: RunOption = None,
-    policy: Annotated[Optional[Path], typer.Option(help="A policy folder. Default: the run's newest checkpoint.")] = None,  # noqa: UP045
-    prompts: Annotated[Optional[int], typer.Option(help="Held-out prompts. Default: as configured.")] = None,  # noqa: UP045
+    policy: Annotated[Path | None, typer.Option(help="A policy folder. Default: the run's newest checkpoint.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts, at most what the task has. Default: as configured.")] = None,
     show: Annotated[int, typer.Option(help="Also print this many prompts with their completions.")] = 0,
 ) -> None:
     """Measure the held-out reward of a checkpoint or of any policy folder."""
@@ -212,7 +220,7 @@ def keys(
 
 
 @app.command()
-def doctor(config: Annotated[Optional[Path], typer.Argument(help="Also check this configuration.")] = None) -> None:  # noqa: UP045
+def doctor(config: Annotated[Path | None, typer.Argument(help="Also check this configuration.")] = None) -> None:
     """Say what is missing on this machine and how to mend it."""
     from deploy.doctor import examine
 
@@ -234,8 +242,6 @@ def find_run(run: Path | None) -> Any:
 
 def control(run: Path | None) -> Any:
     """A connection to the broker of a run, as a context manager."""
-    import contextlib
-
     from broker.control import ControlClient
     from broker.keys import load_key
     from protocol.errors import ConfigError
@@ -264,12 +270,23 @@ def log_to_stderr() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def find_tasks_here() -> None:
+    """Let `module:object` tasks be found in the folder that the command was given in, by this process and by those it starts."""
+    here = os.getcwd()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    sys.path.append(here)
+
+
 def main() -> NoReturn:
     """Run a command; errors that are meant for a person are printed as one message, with their exit code."""
     from protocol.errors import SlipstreamError
 
+    find_tasks_here()
     try:
         app(standalone_mode=True)
+    except* KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
     except* SlipstreamError as group:
         error = first(group)
         typer.echo(f"error: {error}", err=True)

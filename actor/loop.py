@@ -21,7 +21,7 @@ from protocol.messages import ActorReport, WireTicket
 from protocol.ports import ActorPort
 from tasks.base import Problem, Task
 from tasks.prompts import Tokenizer, encode_prompt
-from tasks.scoring import score
+from tasks.scoring import fetch_problem, score
 
 log = logging.getLogger("actor")
 
@@ -116,7 +116,7 @@ class Actor:
                 self._serving.discard(ticket.number)
 
     async def _make_group(self, ticket: WireTicket) -> Group:
-        problem = self._task.train(ticket.prompt)
+        problem = fetch_problem(self._task, ticket.prompt)
         prompt_ids = encode_prompt(self._tokenizer, problem)
         request = GenerationRequest(
             prompt_ids,

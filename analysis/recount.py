@@ -91,6 +91,8 @@ def _count_step(count: Recount, fact: facts.StepCommitted, tickets: list[int], o
     count.learner_largest_lag = max(count.learner_largest_lag, int(fact.metrics.get("lag_max") or 0))
     if lags != fact.lags:
         count.broken.append(f"step {fact.step}: the ledger counted lags {fact.lags}, the tokens say {lags}")
+    if int(fact.metrics.get("lag_max", max(lags)) or 0) != max(lags):
+        count.broken.append(f"step {fact.step}: the learner's largest lag is {fact.metrics['lag_max']}, the tokens say {max(lags)}")
     if max(lags) > count.pacing.max_lag:
         count.broken.append(f"step {fact.step} used a group with lag {max(lags)}, max_lag is {count.pacing.max_lag}")
     if fact.step in (count.pacing.last_use(fact.batch), count.pacing.num_steps - 1):

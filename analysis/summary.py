@@ -100,7 +100,9 @@ def lines(summary: Summary) -> list[str]:
     """The summary for a person."""
     before, after = summary.heldout_reward_before, summary.heldout_reward_after
     gain = f"{before:.3f} -> {after:.3f} ({after - before:+.3f})" if before is not None and after is not None else "not measured"
-    agree = "the three counts agree" if summary.lags == summary.lags_by_ledger and not summary.broken_promises else "THE COUNTS DISAGREE"
+    nothing = "nothing was trained on"
+    same = summary.lags == summary.lags_by_ledger and summary.largest_lag == summary.largest_lag_by_learner and not summary.broken_promises
+    agree = f"ledger, learner and journal agree: {summary.lags}" if same else "LEDGER, LEARNER AND JOURNAL DISAGREE"
     delta = summary.publication_bytes
     share = (
         f"{delta:.0f} B of {summary.publication_bytes_full} B, {summary.publication_bytes_full / delta:.1f}x smaller" if delta else "none"
@@ -108,7 +110,7 @@ def lines(summary: Summary) -> list[str]:
     return [
         f"run              {summary.run}: {summary.outcome}, {summary.steps} steps in {summary.wall_seconds:.0f} s",
         f"held-out reward  {gain}",
-        f"lag              largest {summary.largest_lag}, S = {summary.max_lag}; {agree}: {summary.lags}",
+        f"lag              largest {summary.largest_lag}, S = {summary.max_lag}; {agree if summary.lags else nothing}",
         f"tickets          {summary.tickets_issued} issued = {summary.tickets_consumed} consumed + {summary.tickets_expired} expired + "
         f"{summary.tickets_failed} failed + {summary.tickets_void} void + {summary.tickets_open} open",
         f"publications     {summary.publications}, mean delta {share}",

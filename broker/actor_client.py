@@ -26,7 +26,7 @@ from broker.session import ActorSession, Result
 from broker.sockets import Channel, client_socket, wait_connected
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, MalformedFrame, PeerError, ProtocolError
-from protocol.groups import Group, encode_group
+from protocol.groups import MAX_GROUP_BYTES, Group, encode_group
 from protocol.messages import HEARTBEAT_SECONDS, PROTOCOL_VERSION, ActorReport, WireTicket
 from protocol.weights import BlobRef, PolicyVersion
 
@@ -70,9 +70,13 @@ class ActorClient:
         self._context: zmq.Context[Any] = zmq.Context()
         identity = make_identity(self._name, self._epoch)
         self._raw = client_socket(self._context, self._address, Channel.ACTORS, self._key, identity)
+        connecting = asyncio.ensure_future(
+            asyncio.to_thread(wait_connected, self._raw, self._address, Channel.ACTORS, "actor", CONNECT_SECONDS)
+        )
         try:
-            await asyncio.to_thread(wait_connected, self._raw, self._address, Channel.ACTORS, "actor", CONNECT_SECONDS)
+            await asyncio.shield(connecting)
         except BaseException:
+            await asyncio.wait([connecting])  # the thread has the socket; it ends within CONNECT_SECONDS
             self._raw.close(linger=0)
             self._context.term()
             raise
@@ -101,23 +105,31 @@ class ActorClient:
         return None if session.stopping else session.newest
 
     async def submit(self, group: Group, attempt: int) -> None:
-        await self._hand_in(self._session.finish(group.ticket, attempt, encode_group(group)))
+        payload = encode_group(group)
+        if len(payload) > MAX_GROUP_BYTES:
+            reason = f"the group has {len(payload)} bytes, {MAX_GROUP_BYTES} is the limit; lower rollout.group_size or max_tokens"
+            await self._hand_in(self._session.fail(group.ticket, attempt, reason))
+            return
+        await self._hand_in(self._session.finish(group.ticket, attempt, payload))
 
     async def fail(self, ticket: WireTicket, reason: str) -> None:
         await self._hand_in(self._session.fail(ticket.number, ticket.attempt, reason))
 
     async def _hand_in(self, result: Result) -> None:
-        self._sent_at = time.monotonic()
+        if len(self._session.unacked) == 1:
+            self._sent_at = time.monotonic()
         await self._send(result.message, result.payload)
         await self._until(lambda: len(self._session.unacked) < MAX_UNACKED, "acknowledgements")
 
     async def route(self, held: int) -> messages.Route:
         self._session.route = None
-        while self._session.route is None:
+        while self._session.route is None or self._session.route.held != held:
             await self._send(messages.GetRoute(held))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESEND_SECONDS):
-                    await self._until(lambda: self._session.route is not None, "a route to the newest version")
+                    await self._until(
+                        lambda: self._session.route is not None and self._session.route.held == held, "a route to the newest version"
+                    )
         return self._session.route
 
     async def fetch(self, blob: BlobRef) -> bytes:
@@ -135,8 +147,9 @@ class ActorClient:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._socket.close(linger=200)
             self._raw.close()
-        self._blob_thread.shutdown()
         if self._blobs is not None:
+            self._blobs.stop()
+            await asyncio.to_thread(self._blob_thread.shutdown)
             self._blobs.close()
             self._context.term()
 
@@ -146,6 +159,7 @@ class ActorClient:
         """Consumes messages of the broker; waits for the next; unblocked by the broker; produces changes of the session."""
         while True:
             frames = await self._socket.recv_multipart()
+            num_unacked = len(self._session.unacked)
             try:
                 message, _ = codec.to_actor.decode(frames)
                 self._session.receive(message)
@@ -155,6 +169,8 @@ class ActorClient:
             except (PeerError, ProtocolError) as error:
                 self._failure = error
             self._heard_at = time.monotonic()
+            if len(self._session.unacked) < num_unacked:
+                self._sent_at = self._heard_at  # acknowledgements are coming; what is left is not late yet
             if self._session.hello_wanted:
                 self._session.hello_wanted = False
                 await self._hello()

@@ -6,6 +6,7 @@ was cut goes on where it stopped.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -22,6 +23,7 @@ from protocol.weights import BlobRef
 
 CREDIT: Final = 8
 RETRY_SECONDS: Final = 3.0
+POLL_MILLISECONDS: Final = 200
 GIVE_UP_SECONDS: Final = 300.0
 
 
@@ -29,9 +31,13 @@ class BlobClient:
     """One connection to the blobs channel; used by one thread at a time."""
 
     def __init__(self, context: zmq.Context[Any], address: str, key: KeyFile, identity: bytes) -> None:
-        self._address = address
+        self._address, self._stopped = address, threading.Event()
         self._socket = client_socket(context, address, Channel.BLOBS, key, identity)
         self._socket.connect(endpoint(address, Channel.BLOBS))
+
+    def stop(self) -> None:
+        """Give up the transfer that is under way; may be called from another thread."""
+        self._stopped.set()
 
     def close(self) -> None:
         """Release the connection."""
@@ -96,8 +102,10 @@ class BlobClient:
         """Ask and take until finished; after RETRY_SECONDS of silence ask again for what is missing."""
         heard_at = asked_at = time.monotonic()
         while not finished():
+            if self._stopped.is_set():
+                raise RequestRefused(f"blob {blob.digest[:16]}", "the transfer was given up")
             ask()
-            if self._socket.poll(int(RETRY_SECONDS * 1000)):
+            if self._socket.poll(POLL_MILLISECONDS):
                 message, payload = codec.to_blob_client.decode(self._socket.recv_multipart())
                 if getattr(message, "digest", "") != blob.digest:
                     continue  # an answer to an earlier transfer
@@ -114,4 +122,4 @@ class BlobClient:
 
     def _send(self, message: messages.BlobMessage, payload: bytes | memoryview = b"") -> None:
         """Send, waiting for a connection; a broker that is away for long is noticed by whoever waits for the answer."""
-        send_or_drop(self._socket, codec.encode(message, payload), int(RETRY_SECONDS * 1000))
+        send_or_drop(self._socket, codec.encode(message, payload), POLL_MILLISECONDS)

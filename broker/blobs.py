@@ -52,6 +52,8 @@ class BlobStore:
         """Up to `length` bytes (all if negative) from `offset`, None if the store does not have the blob."""
         try:
             with self.path(digest).open("rb") as file:
+                if offset > os.fstat(file.fileno()).st_size:
+                    return b""
                 file.seek(offset)
                 return file.read(length)
         except FileNotFoundError:

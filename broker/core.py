@@ -6,6 +6,7 @@ that both keep the same promises with the same code.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,10 @@ from protocol.errors import InvalidGroup
 from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME
 from protocol.messages import PROTOCOL_VERSION, NamedBlob
+from protocol.sampling import prompt_index, ticket_seed
 
 METRICS_NAME = "metrics.jsonl"
+log = logging.getLogger("broker")
 
 
 class Outgoing(NamedTuple):
@@ -60,7 +63,7 @@ class Broker:
     ) -> None:
         """Start on a new run's directory, or recover a run from its journal."""
         directory.mkdir(parents=True, exist_ok=True)
-        self.run, self.config, self._policy_files = run, config, policy_files
+        self.run, self.config, self._policy_files, self._num_prompts = run, config, policy_files, num_prompts
         self._config_json = config_json(config)
         self.blobs = BlobStore(directory / "blobs")
         self._journal = Journal(directory / JOURNAL_NAME, run, self._config_json)
@@ -71,7 +74,7 @@ class Broker:
         entries = self._journal.entries()
         for entry in entries:
             self.ledger.apply(entry.fact)
-            self.book.observe(entry.fact, entry.time)
+            self.book.observe(entry.fact, now)
         self.ledger.recovered(now)
         self._journal.append(facts.RunStarted(run, len(entries)), b"", wall)
         self._journal.commit()
@@ -95,7 +98,8 @@ class Broker:
                     return
                 self._handle(ev.ActorHere(actor, epoch, message.engine, message.host), now, wall)
             case messages.ActorReport():
-                self.book.actor_reported(actor, message, now)
+                if actor in self.ledger.actors:
+                    self.book.actor_reported(actor, message, now)
                 self._handle(ev.ActorReported(actor, epoch, message), now, wall)
             case messages.SubmitGroup():
                 self._handle(self._arrival(actor, epoch, message, bytes(payload)), now, wall)
@@ -113,6 +117,12 @@ class Broker:
             group = decode_group(payload)
             if group.ticket != message.ticket:
                 raise InvalidGroup("ticket", f"the group is for ticket {group.ticket}, the message for {message.ticket}")
+            seed, prompt = (
+                ticket_seed(self.config.run.seed, message.ticket),
+                prompt_index(self.config.run.seed, message.ticket, self._num_prompts),
+            )
+            if (group.prompt, group.seed) != (prompt, seed):
+                raise InvalidGroup("ticket", "prompt or seed are not the ticket's")
             if group.rewards.size != self.config.rollout.group_size:
                 raise InvalidGroup("group size", f"{group.rewards.size} completions, {self.config.rollout.group_size} wanted")
             if group.num_tokens.max() > self.config.rollout.max_tokens:
@@ -217,7 +227,7 @@ class Broker:
             match effect:
                 case ev.Record(fact, payload):
                     self._journal.append(fact, payload, wall)
-                    self.book.observe(fact, wall)
+                    self.book.observe(fact, now)
                     self._write_metrics(fact, wall)
                 case ev.WelcomeActor(actor, epoch, acked):
                     newest = self.ledger.versions.newest
@@ -246,5 +256,8 @@ class Broker:
                 row = {"time": wall, "step": fact.step, "heldout_reward": fact.reward, "num_prompts": fact.num_prompts}
             case _:
                 return
-        with self._metrics_path.open("ab") as file:
-            file.write(msgspec.json.encode(row) + b"\n")
+        try:
+            with self._metrics_path.open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
+        except OSError as error:  # a copy for other tools; the journal has it all
+            log.warning("could not write %s: %s", METRICS_NAME, error.strerror)

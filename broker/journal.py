@@ -25,15 +25,15 @@ class Journal:
     def __init__(self, path: Path, run: str, config: str) -> None:
         """Open the journal at `path`, or make it for `run` with its resolved configuration."""
         self.path = path
-        is_new = not path.exists()
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         self._pending = False
         try:
-            if is_new:
+            (num_tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not num_tables:
                 self._connection.execute("PRAGMA page_size = 16384")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
-            if is_new:
+            if not num_tables:
                 self._create(run, config)
             check_format(self._connection, path)
             (self._lsn,) = self._connection.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
@@ -41,9 +41,13 @@ class Journal:
             raise JournalCommitFailed(path, str(error)) from error
 
     def _create(self, run: str, config: str) -> None:
-        self._connection.executescript(f"BEGIN; {SCHEMA}; COMMIT")
+        """Tables and description in one transaction: a journal that was not finished is an empty file to the next start."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA:
+            self._connection.execute(statement)
         values = [("format", str(FORMAT_VERSION)), ("run", run), ("config", config)]
         self._connection.executemany("INSERT INTO meta VALUES (?, ?)", values)
+        self._connection.execute("COMMIT")
 
     def entries(self) -> list[JournalEntry]:
         """All facts written before, in order."""
@@ -59,7 +63,7 @@ class Journal:
             body = msgspec.json.encode(fact).decode()
             self._connection.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (self._lsn, wall, type(fact).__name__, body))
             self._lay_out(fact, payload)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise JournalCommitFailed(self.path, str(error)) from error
 
     def commit(self) -> None:

@@ -88,7 +88,7 @@ class LearnerClient:
             stop_ends=True,
         )
         if ready is None:
-            self._confirm_commits()
+            self.confirm()
             return None
         self._uncommitted.clear()
         return ReceivedBatch(ready.batch, self._fetch_groups(ready.tickets), ready.version_steps)
@@ -105,13 +105,14 @@ class LearnerClient:
         return self._request(publication, messages.Published, f"the publication of step {step}", _is_for(step))
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
-        self._send(messages.Evaluation(step, reward, num_prompts))
+        request = messages.Evaluation(step, reward, num_prompts)
+        self._request(request, messages.EvaluationNoted, f"the evaluation of step {step}", _is_for(step))
 
     def doing(self, text: str) -> None:
         self._activity.change(text)
 
     def done(self, step: int, summary: dict[str, float]) -> None:
-        self._confirm_commits()
+        self.confirm()
         self._request(messages.LearnerDone(step, summary), messages.Goodbye, "the goodbye")
 
     def close(self) -> None:
@@ -149,8 +150,7 @@ class LearnerClient:
         assert found is not None
         return found
 
-    def _confirm_commits(self) -> None:
-        """Wait until every step applied is in the journal."""
+    def confirm(self) -> None:
         for step, commit in list(self._uncommitted.items()):
             self._request(commit, messages.Committed, f"the commit of step {step}", _is_for(step))
             del self._uncommitted[step]
@@ -202,7 +202,7 @@ class LearnerClient:
                 return codec.to_learner.decode(self._socket.recv_multipart())
             except MalformedFrame as error:
                 log.warning("ignored a message of the broker: %s", error)
-                return None
+                return messages.Committed(0), b""  # it was heard, and said nothing that is waited for
         silent = time.monotonic() - heard_at
         if silent > 5 * RESEND_SECONDS:
             log.warning("waiting for %s, the broker at %s was last heard %.0f s ago", waiting_for, self._address, silent)
@@ -215,7 +215,7 @@ class LearnerClient:
         send_or_drop(self._socket, codec.encode(message))
 
 
-def _is_for(step: int) -> Callable[[messages.Committed | messages.Published | messages.BatchReady], bool]:
+def _is_for(step: int) -> Callable[[messages.Committed | messages.Published | messages.BatchReady | messages.EvaluationNoted], bool]:
     """Whether an answer is about `step`, and not a second answer to a request that was sent twice."""
     return lambda answer: answer.step == step
 

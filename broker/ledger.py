@@ -20,7 +20,7 @@ from broker import events as ev
 from broker.publications import Publications, Standing
 from broker.tickets import State, Ticket, TicketTable
 from protocol import facts, messages
-from protocol.messages import HEARTBEAT_SECONDS, LEASE_SECONDS, ActorReport, WireTicket
+from protocol.messages import HEARTBEAT_SECONDS, LEASE_SECONDS, MAX_TEXT, ActorReport, WireTicket
 from protocol.pacing import Pacing
 from protocol.sampling import prompt_index, ticket_seed
 
@@ -76,6 +76,11 @@ class Progress:
 def finite(figures: dict[str, float]) -> dict[str, float | None]:
     """Figures as a fact can hold them: None for what is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def brief(text: str) -> str:
+    """`text` as long as a message may carry it."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
 
 
 class Ledger:
@@ -157,11 +162,20 @@ class Ledger:
         actor.seen_at, actor.report = self._now, event.report
         actor.version, actor.num_wanted = event.report.version, event.report.num_wanted
         self._send(event.actor, event.epoch, messages.Ack(self._acked.get((event.actor, event.epoch), 0)))
+        self._remind(actor)
         in_hand = set(event.report.tickets)
         for number in sorted(actor.tickets - in_hand):
             ticket = self.tickets.open[number]
             if self._now - ticket.sent_at > RESEND_SECONDS:
                 self._send_ticket(ticket)
+
+    def _remind(self, actor: ActorState) -> None:
+        """Say again what an actor does not act on: announcements are sent once, and a connection can lose them."""
+        newest = self.versions.newest
+        if newest is not None and newest.number > actor.version:
+            self._send(actor.name, actor.epoch, messages.NewVersion(newest))
+        if self.progress.stopping:
+            self._send(actor.name, actor.epoch, messages.Stop(self.progress.stopping))
 
     def _present(self, name: str, epoch: str) -> ActorState | None:
         actor = self.actors.get(name)
@@ -239,22 +253,27 @@ class Ledger:
     def _refuse(self, event: ev.GroupArrived, ticket: Ticket | None, reason: str) -> None:
         self._record(facts.ResultRefused(event.actor, event.epoch, event.seq, event.ticket, reason))
         self._send(event.actor, event.epoch, messages.Refused(event.seq, event.ticket, reason))
-        if ticket is None or ticket.state is not State.OUTSTANDING or (ticket.actor, ticket.epoch) != (event.actor, event.epoch):
+        if ticket is None or not self._holds(ticket, event.actor, event.epoch):
             return
         if reason == "stale":
             self._end(ticket.number, "expired", "its group arrived too old for its batch")
-        elif event.invalid:
-            self._record(facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, event.attempt, f"invalid group: {reason}"))
-            self._failed(ticket, f"invalid group: {reason}")
+        elif event.invalid or reason == "unknown version":
+            self._record(facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, ticket.attempt, reason))
+            self._failed(ticket, reason)
         else:
             self._record(facts.TicketRevoked(ticket.number, ticket.attempt, reason))
+
+    @staticmethod
+    def _holds(ticket: Ticket, actor: str, epoch: str) -> bool:
+        """Whether a ticket is with this process of this actor."""
+        return ticket.state is State.OUTSTANDING and (ticket.actor, ticket.epoch) == (actor, epoch)
 
     def _attempt_given_up(self, event: ev.AttemptGivenUp) -> None:
         if not self._in_sequence(event.actor, event.epoch, event.seq):
             return
         self._record(facts.AttemptFailed(event.actor, event.epoch, event.seq, event.ticket, event.attempt, event.reason))
         ticket = self.tickets.open.get(event.ticket)
-        if ticket is not None and ticket.state is State.OUTSTANDING and ticket.attempt == event.attempt:
+        if ticket is not None and ticket.attempt == event.attempt and self._holds(ticket, event.actor, event.epoch):
             self._failed(ticket, event.reason)
         self._send(event.actor, event.epoch, messages.Ack(event.seq))
 
@@ -334,7 +353,9 @@ class Ledger:
             case ev.VersionReady():
                 self._version_ready(event)
             case ev.EvaluationDone():
-                self._record(facts.Evaluated(event.step, event.reward, event.num_prompts))
+                if (event.step, event.reward) not in self.progress.evaluations[-1:]:
+                    self._record(facts.Evaluated(event.step, event.reward, event.num_prompts))
+                self._answer(event.session, messages.EvaluationNoted(event.step))
             case ev.LearnerGone():
                 self._learner_gone(event)
 
@@ -395,6 +416,10 @@ class Ledger:
     def _version_ready(self, event: ev.VersionReady) -> None:
         version = event.version
         number = self.versions.reproduced_by(version)
+        impossible = self._impossible(event)
+        if impossible:
+            self._answer(event.session, messages.LearnerRefused("publish", impossible))
+            return
         if number is not None:
             if self.versions.by_number[number].standing is Standing.SUSPECT:
                 self._record(facts.VersionReproduced(number, self.progress.lineage))
@@ -409,6 +434,17 @@ class Ledger:
             self._record(facts.VersionPublished(version, event.parent, event.delta, event.snapshot, event.full_bytes, event.bound_bytes))
             self._effects.append(ev.SendAllActors(messages.NewVersion(version)))
         self._answer(event.session, messages.Published(version.step, number, self.versions.next_number))
+
+    def _impossible(self, event: ev.VersionReady) -> str:
+        """Why a publication cannot be what it says, or nothing. A false step would falsify every lag counted from it."""
+        step, lineage = event.version.step, event.version.lineage
+        if not 0 <= step <= self.progress.step + self.pacing.reuse or lineage != self.progress.lineage:
+            return f"step {step} of lineage {lineage} is not possible at step {self.progress.step} of lineage {self.progress.lineage}"
+        if event.delta is None and event.snapshot is None:
+            return "it has neither a delta nor a snapshot"
+        if event.delta is not None and event.parent not in self.versions.by_number:
+            return f"its delta starts from version {event.parent}, which is not known"
+        return ""
 
     def _orphan(self, number: int) -> None:
         """A version's branch is dead: its queued groups are sampled again."""
@@ -433,6 +469,7 @@ class Ledger:
     def _stop(self, reason: str) -> None:
         if self.progress.stopping:
             return
+        reason = brief(reason)
         self._record(facts.RunStopping(reason))
         self._effects.append(ev.SendAllActors(messages.Stop(reason)))
         if self.learner is not None:
@@ -441,7 +478,7 @@ class Ledger:
     def _halt(self, reason: str) -> None:
         if not self.progress.ended:
             self._stop(reason)
-            self._close(reason)
+            self._close(brief(reason))
 
     def _close(self, halted: str) -> None:
         """Nothing more will be sampled; what is queued stays so only if the run can still go on from there."""
@@ -479,7 +516,7 @@ class Ledger:
             case facts.AttemptFailed():
                 self._acked[fact.actor, fact.epoch] = fact.seq
                 ticket = self.tickets.open.get(fact.ticket)
-                if ticket is not None and ticket.attempt == fact.attempt:
+                if ticket is not None and ticket.attempt == fact.attempt and self._holds(ticket, fact.actor, fact.epoch):
                     ticket.num_failures += 1
             case facts.TicketEnded():
                 self._leave_hand(fact.ticket)
@@ -550,4 +587,4 @@ class Ledger:
         if unissued > 0:
             able = "no actor is connected" if not self.actors else "no actor has credit and a new enough version"
             parts.append(f"{unissued} not issued: {able}")
-        return "; ".join(parts) or "nothing"
+        return brief("; ".join(parts) or "nothing")

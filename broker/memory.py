@@ -186,6 +186,9 @@ class MemoryLearnerPort:
     def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
         self._ask(messages.CommitStep(step, batch, lags, metrics), messages.Committed)
 
+    def confirm(self) -> None:
+        pass
+
     def put_blob(self, data: bytes) -> BlobRef:
         return self._memory.broker.blobs.add(data)
 

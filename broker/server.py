@@ -149,6 +149,12 @@ class BlobThread(threading.Thread):
         self._socket, self._store, self._stopping = socket, store, stopping
 
     def run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._stopping.set()  # without blobs nothing can go on: the supervisor starts the broker again
+
+    def _serve(self) -> None:
         while not self._stopping.is_set():
             if not self._socket.poll(100):
                 continue
@@ -174,7 +180,10 @@ class BlobThread(threading.Thread):
                     return messages.BlobRefused(digest, f"cannot store: {error.strerror}"), b""
                 return messages.PutOk(digest, have, stored), b""
             case messages.GetChunk(digest=digest, offset=offset):
-                total, data = self._store.size(digest), self._store.read(digest, offset, CHUNK_BYTES)
+                try:
+                    total, data = self._store.size(digest), self._store.read(digest, offset, CHUNK_BYTES)
+                except OSError as error:
+                    return messages.BlobRefused(digest, f"cannot read: {error.strerror}"), b""
                 if total is None or data is None:
                     return messages.BlobRefused(digest, "the store does not have it"), b""
                 return messages.Chunk(digest, offset, total), data

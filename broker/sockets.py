@@ -7,6 +7,7 @@ All are CURVE servers with an authenticator (without one libzmq lets any key in)
 from __future__ import annotations
 
 import random
+import re
 import time
 from enum import IntEnum
 from typing import Any, Final
@@ -17,10 +18,13 @@ from zmq.utils.monitor import recv_monitor_message
 
 from broker.keys import KeyFile, Role
 from protocol.codec import MAX_PAYLOAD_BYTES
-from protocol.errors import AccessRefused, AddressInUse, BrokerUnreachable
+from protocol.errors import AccessRefused, AddressInUse, BrokerUnreachable, ConfigError
 
 DROPS_THAT_MEAN_NO: Final = 8
 """Connections dropped during the handshake, about 100 ms apart, before the key is taken to be the wrong one."""
+
+
+_ADDRESS: Final = re.compile(r"^tcp://[^/]+:\d{1,5}$")
 
 
 class Channel(IntEnum):
@@ -42,6 +46,8 @@ ADMITS: Final[dict[Channel, frozenset[Role]]] = {
 
 def endpoint(address: str, channel: Channel) -> str:
     """The endpoint of one channel of the broker at `address` (tcp://host:first_port)."""
+    if not _ADDRESS.match(address):
+        raise ConfigError("--broker", address, "is not tcp://host:port", "give the address that the broker printed")
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + channel}"
 
@@ -155,10 +161,11 @@ def wait_connected(dealer: zmq.Socket[Any], address: str, channel: Channel, role
             # A broker with another key pair cannot read our greeting and drops the connection without a word; so does one that is being
             # started again, but not time after time.
             num_dropped += event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            if event & refusals or num_dropped >= DROPS_THAT_MEAN_NO:
+            if event & refusals or (num_dropped >= DROPS_THAT_MEAN_NO and time.monotonic() > deadline - seconds + min(5.0, seconds / 2)):
                 raise AccessRefused(address, role)
     finally:
-        dealer.disable_monitor()
+        if not dealer.closed:
+            dealer.disable_monitor()
         monitor.close(linger=0)  # an open socket, kept alive by a traceback, would hold up the context's end for ever
     raise BrokerUnreachable(address, seconds, f"the {channel.name.lower()} channel")
 

@@ -37,10 +37,11 @@ class StatusBook:
         self._delta_bytes = self._full_bytes = 0
         self.num_facts = 0
 
-    def observe(self, fact: facts.AnyFact, wall: float) -> None:
+    def observe(self, fact: facts.AnyFact, now: float) -> None:
         """A fact was recorded, now or in an earlier life of the broker."""
-        del wall
         self.num_facts += 1
+        if isinstance(fact, facts.LearnerStarted):
+            self._learner, self._learner_seen = None, now
         if isinstance(fact, facts.VersionPublished):
             self._full_bytes = fact.full_bytes
             if fact.delta is not None:

@@ -27,11 +27,22 @@ def evaluate_policy(run: RunDirectory, policy: Path | None, num_prompts: int | N
         if not found:
             raise CheckpointError(f"run {run.path} has no checkpoint yet. Wait for one, or give --policy FOLDER.")
         policy = found[-1] / "policy"
+    if not (policy / "config.json").exists():
+        raise CheckpointError(f"{policy} has no config.json. Give a Hugging Face model folder, or a checkpoint's policy/ folder.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(policy, device), AutoTokenizer.from_pretrained(policy)
     task = load_task(config.task.name, config.task.options)
     ends = stop_ids(policy, tokenizer)
-    reward, count = evaluate(model, tokenizer, task, num_prompts or config.learner.eval_prompts, config.rollout.max_tokens, ends, OneRank())
+    wanted = config.learner.eval_prompts if num_prompts is None else num_prompts
+    reward, count = evaluate(
+        model,
+        tokenizer,
+        task,
+        wanted,
+        config.rollout.max_tokens,
+        ends,
+        OneRank(),
+    )
     lines = [f"{policy}: held-out reward {reward:.4f} over {count} prompts"]
     problems = [task.heldout(index) for index in range(min(num_shown, task.num_heldout))]
     if problems:

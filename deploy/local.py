@@ -21,6 +21,7 @@ from protocol.messages import RunStatus
 READY_SECONDS = 60.0
 POLL_SECONDS = 0.3
 END_SECONDS = 20.0
+STOP_SECONDS = 60.0
 LEARNER = "learner"
 BROKER = "broker"
 
@@ -33,7 +34,7 @@ class LocalRun:
         self._supervisor = Supervisor(run.logs, run.commands, monitor.say)
         self._control: ControlClient | None = None
         self._num_interrupts = 0
-        self._told_to_stop = False
+        self._told_to_stop, self._stop_from = False, 0.0
         self._next_actor = 0
         self._status: RunStatus | None = None
 
@@ -99,11 +100,16 @@ class LocalRun:
 
     def _turn(self) -> None:
         """Watch the children, follow the broker's status, keep the wanted number of actors."""
+        if self._told_to_stop:
+            self._supervisor.restart_nothing(keep=BROKER)
         self._supervisor.poll()
         self._check_learner()
+        if self._told_to_stop and self._learner_is_silent():
+            self._monitor.say(f"the learner has not been heard for {STOP_SECONDS:.0f} s, ending it")
+            raise SlipstreamError("stopped without the learner, which did not answer; nothing after its last checkpoint is kept")
         if self._num_interrupts and not self._told_to_stop:
             self._monitor.say("stopping: the learner finishes its step and writes a checkpoint (interrupt again to end now)")
-            self._told_to_stop = True
+            self._told_to_stop, self._stop_from = True, time.monotonic()
             self._ask_to_stop()
         status = self._ask_status()
         if status is not None:
@@ -112,6 +118,13 @@ class LocalRun:
             if not self._told_to_stop and status.phase in ("starting", "training"):
                 self._keep_actors(status.desired_actors)
         time.sleep(POLL_SECONDS)
+
+    def _learner_is_silent(self) -> bool:
+        """Whether a stop was asked for, and the learner has given no sign of life for STOP_SECONDS since."""
+        learner = self._status.learner if self._status else None
+        if learner is not None and learner.last_seen < STOP_SECONDS:
+            self._stop_from = time.monotonic()
+        return time.monotonic() - self._stop_from > STOP_SECONDS
 
     def _ask_status(self) -> RunStatus | None:
         assert self._control is not None
@@ -138,8 +151,9 @@ class LocalRun:
     def _check_learner(self) -> None:
         learner = self._supervisor.children[LEARNER]
         if learner.exit_code not in (None, 0):
-            why = self._supervisor.explain(LEARNER)
-            raise SlipstreamError(f"the learner ended with exit code {learner.exit_code}. Its log says:\n{why}")
+            code = learner.exit_code
+            how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+            raise SlipstreamError(f"the learner ended with {how}. Its log says:\n{self._supervisor.explain(LEARNER)}")
 
     def _is_over(self) -> bool:
         return self._status is not None and self._status.phase in ("finished", "halted")
@@ -188,5 +202,6 @@ def torchrun_command(run: Path, address: str, key: Path, ranks: int, nodes: str,
     ]  # fmt: skip
     return [
         sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks), "--max-restarts", "3",
+        "--log-dir", str(run / "logs" / "torchrun"),
         str(CLI), "learner-rank", "--folder", str(run), "--broker", address, "--key", str(key),
     ]  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,11 @@ from broker.keys import make_keys
 from deploy.rundir import RunDirectory, RunManifest, policy_files
 from protocol.config import Config
 from protocol.errors import ConfigError, SlipstreamError
+from tasks.base import Task
 from tasks.registry import load_task
 
 CLI = Path(__file__).resolve().parent.parent / "cli.py"
+_RUN_ID = re.compile(r"^(?!\.+$)[A-Za-z0-9_.\-]{1,128}$")
 _LIBRARIES = ("torch", "transformers", "pyzmq", "msgspec", "safetensors", "numpy")
 
 
@@ -32,12 +36,19 @@ def prepare_run(config: Config, directory: Path | None, say: Callable[[str], Non
     if task.num_train < 1 or task.num_heldout < 1:
         raise ConfigError("task", config.task.name, "has an empty split", "give it at least one problem in each split")
     policy = resolve_policy(config, say)
+    check_room(config, task, policy)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     root = Path(config.run.directory)
-    path = directory or root / f"{config.run.name}-{stamp}"
+    path = (directory or root / f"{config.run.name}-{stamp}").absolute()
+    if not _RUN_ID.match(path.name):
+        fix = "end it in a name of letters, digits, dot, dash and underscore: it is the run's id"
+        raise ConfigError("--directory", str(path), f"{path.name!r} cannot be a run's id", fix)
     if (path / "run.json").exists():
         raise ConfigError("--directory", str(path), "holds a run already", "choose another, or remove it")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--directory", str(path), f"cannot be made ({error.strerror})", "give a folder that can be written") from None
     make_keys(path / "keys")
     run = RunDirectory(path)
     manifest = RunManifest(
@@ -73,6 +84,15 @@ def resolve_policy(config: Config, say: Callable[[str], None]) -> Path:
         raise ConfigError(
             "policy.path", config.policy.path, problem, "give a folder, or an id and a network that reaches the hub"
         ) from error
+
+
+def check_room(config: Config, task: Task, policy: Path) -> None:
+    """Raise ConfigError if the policy has no room for a prompt and a completion, by its own configuration and a sample of prompts."""
+    settings = json.loads((policy / "config.json").read_bytes())
+    room = settings.get("max_position_embeddings") or settings.get("text_config", {}).get("max_position_embeddings")
+    if isinstance(room, int) and config.rollout.max_tokens >= room:
+        problem = f"the policy has room for {room} tokens, prompt included"
+        raise ConfigError("rollout.max_tokens", config.rollout.max_tokens, problem, f"less than {room}, by the length of a prompt")
 
 
 def cache_folder() -> Path:

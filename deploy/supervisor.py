@@ -20,9 +20,12 @@ import psutil
 from protocol.errors import ConfigError, SlipstreamError
 
 CRASH_LOOP_COUNT = 5
-CRASH_LOOP_SECONDS = 60.0
+HEALTHY_SECONDS = 60.0
+"""A child that ran this long has not crashed in a row with what came before."""
 MAX_BACKOFF_SECONDS = 30.0
 TAIL_LINES = 15
+PARENT = "--parent"
+"""The flag that ties a child to this process; left out of commands.sh, so that its lines can be run by hand."""
 HOPELESS = frozenset({ConfigError.exit_code})
 """Exit codes of errors that a restart cannot mend."""
 
@@ -37,7 +40,8 @@ class Child:
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     exit_code: int | None = None
-    exits: list[float] = field(default_factory=list)
+    num_crashes: int = 0
+    started_at: float = 0.0
     restart_at: float | None = None
     is_wanted: bool = True
 
@@ -54,8 +58,9 @@ class Supervisor:
         self.children[child.name] = child
         child.is_wanted = True
         with self._commands.open("a", encoding="utf-8") as file:
-            settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in child.environment.items())
-            file.write(f"# {child.name}\n{settings} {shlex.join(child.command)}\n".lstrip())
+            settings = [f"{key}={shlex.quote(value)}" for key, value in child.environment.items()]
+            command = [part for part in child.command if part != PARENT and part != str(os.getpid())]
+            file.write(f"# {child.name}\n{' '.join([*settings, shlex.join(command)])}\n")
         self._spawn(child)
 
     def _spawn(self, child: Child) -> None:
@@ -68,7 +73,7 @@ class Supervisor:
                 env=os.environ | child.environment,
                 start_new_session=True,
             )
-        child.exit_code, child.restart_at = None, None
+        child.exit_code, child.restart_at, child.started_at = None, None, self._monotonic()
 
     def poll(self) -> None:
         """Notice ends, and restart what is due. Raises SlipstreamError when a child cannot be kept running."""
@@ -85,12 +90,14 @@ class Supervisor:
         if not child.is_wanted or code == 0 or not child.restarts:
             return
         now = self._monotonic()
-        child.exits = [moment for moment in child.exits if now - moment < CRASH_LOOP_SECONDS] + [now]
+        if now - child.started_at >= HEALTHY_SECONDS:
+            child.num_crashes = 0
+        child.num_crashes += 1
         what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-        if code in HOPELESS or len(child.exits) >= CRASH_LOOP_COUNT:
-            times = "" if code in HOPELESS else f", {len(child.exits)} times within {CRASH_LOOP_SECONDS:.0f} s"
+        if code in HOPELESS or child.num_crashes >= CRASH_LOOP_COUNT:
+            times = "" if code in HOPELESS else f", {child.num_crashes} times in a row"
             raise SlipstreamError(f"{child.name} ended with {what}{times}. Its log says:\n{self.explain(child.name)}")
-        backoff = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (len(child.exits) - 1))
+        backoff = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (child.num_crashes - 1))
         child.restart_at = now + backoff
         self._say(f"{child.name}: ended with {what}, starting again in {backoff:.1f} s")
 
@@ -120,6 +127,12 @@ class Supervisor:
         child.is_wanted, child.restart_at = False, None
         if child.process is not None and child.process.poll() is None:
             child.process.send_signal(signal.SIGTERM)
+
+    def restart_nothing(self, keep: str) -> None:
+        """From now on only the child called `keep` is started again when it ends."""
+        for child in self.children.values():
+            if child.name != keep:
+                child.restarts, child.restart_at = False, None
 
     def wait(self, names: list[str], seconds: float) -> list[str]:
         """Wait for children to end on their own; returns those that did not within `seconds`."""

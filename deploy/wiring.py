@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import platform
+import resource
 import signal
 import tempfile
 import time
@@ -44,6 +46,13 @@ def serve_broker(run: RunDirectory, address: str | None) -> None:
     """Run a broker until it is told to shut down. A broker that is started again listens where it did before."""
     from broker.server import Server
 
+    run.manifest()
+    lock = (run.path / "broker.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError("--run", str(run.path), "has a broker already", "use that one, or end it first") from None
+    _raise_open_files()
     key, allowed = load_key(run.keys / "broker.key"), allowed_keys(run.keys)
     where = address or run.broker_address() or run.config().broker.address
     server = Server(make_broker(run), where, key, allowed)
@@ -52,6 +61,12 @@ def serve_broker(run: RunDirectory, address: str | None) -> None:
     run.announce_broker(server.address)
     log.info("run %s: listening at %s", run.manifest().run, server.address)
     server.serve()
+
+
+def _raise_open_files() -> None:
+    """Every peer costs the broker descriptors; the soft limit of a login is low."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # --- actors

@@ -178,6 +178,8 @@ class Learner:
         """Rank 0 writes a checkpoint; the others wait, so that all resume from the same one."""
         if self._publisher is not None and self._publisher.published is not None and self.step > 0:
             self._work(f"writing the checkpoint of step {self.step}")
+            assert self._port is not None
+            self._port.confirm()  # a checkpoint ahead of the journal could not be resumed from
             checkpoint.save_checkpoint(self._folder, self._run, self.step, self._trainer, self._publisher.published, self._tokenizer)
         self._ranks.barrier()
 

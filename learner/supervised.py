@@ -27,6 +27,8 @@ NUM_SAMPLED = 2000
 """Training problems whose characters make the vocabulary."""
 EVAL_EVERY = 10
 EVAL_PROMPTS = 256
+OVERSHOOT = 0.05
+"""A policy that is this much better than was asked for leaves too little to learn."""
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
 
@@ -41,10 +43,11 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
     tokenizer = character_tokenizer(_texts(task))
     model = _small_llama(tokenizer, config, task, max_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    reward = 0.0
+    reward, lr = 0.0, config.lr
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(1, config.max_steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / 50)
+            group["lr"] = lr * min(1.0, step / 50)
         problems = [task.train(int(index)) for index in rng.integers(0, task.num_train, config.batch_size)]
         loss = _solution_loss(model, tokenizer, [(problem.prompt, task.solution(problem)) for problem in problems])
         optimizer.zero_grad(set_to_none=True)
@@ -55,8 +58,14 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
             reward, _ = evaluate(model.eval(), tokenizer, task, EVAL_PROMPTS, max_tokens, [tokenizer.eos_token_id], OneRank())
             model.train()
             log.info("supervised step %d: loss %.3f, held-out reward %.3f of %.2f", step, loss.item(), reward, config.target_reward)
+            if reward > config.target_reward + OVERSHOOT and lr > config.lr / 100 and step < config.max_steps:
+                # Too far in one go: back to the last evaluation, and on in smaller steps.
+                model.load_state_dict(before)
+                lr *= 0.3
+                continue
             if reward >= config.target_reward:
                 break
+            before = {name: value.clone() for name, value in model.state_dict().items()}
     else:
         raise TaskError(
             f"after {config.max_steps} supervised steps the held-out reward is {reward:.3f}, {config.target_reward} was asked for. "

@@ -92,7 +92,7 @@ class BrokerUnreachable(PeerError):
         self.address, self.waited, self.waiting_for = address, waited, waiting_for
         super().__init__(
             f"no answer from the broker at {address} after {waited:.0f} s (waiting for {waiting_for}). "
-            "Check that it runs (`cli.py status`), the address, and that the port is open between the machines."
+            "If the run has ended, there is nothing to talk to; otherwise check the address, and that its four ports are open between the machines."
         )
 
 

@@ -20,14 +20,19 @@ from protocol.facts import AnyFact
 JOURNAL_NAME: Final = "journal.sqlite"
 FORMAT_VERSION: Final = 1
 
-SCHEMA: Final = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+SCHEMA: Final = (
+    """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT
+""",
+    """
 CREATE TABLE events (
     lsn INTEGER PRIMARY KEY,        -- order of the facts, from 1 without a gap
     time REAL NOT NULL,             -- wall clock, seconds since 1970
     fact TEXT NOT NULL,             -- what happened (see protocol/facts.py)
     body TEXT NOT NULL              -- the fact as JSON
-) STRICT;
+) STRICT
+""",
+    """
 CREATE TABLE groups (
     lsn INTEGER PRIMARY KEY REFERENCES events (lsn),
     ticket INTEGER NOT NULL, attempt INTEGER NOT NULL,
@@ -36,19 +41,29 @@ CREATE TABLE groups (
     num_tokens INTEGER NOT NULL, reward REAL NOT NULL,
     payload BLOB NOT NULL,          -- msgpack, see protocol/groups.py
     digest BLOB NOT NULL            -- BLAKE3 of the payload
-) STRICT;
-CREATE INDEX groups_by_ticket ON groups (ticket);
-CREATE TABLE batches (batch INTEGER PRIMARY KEY, lsn INTEGER NOT NULL, step INTEGER NOT NULL, tickets TEXT NOT NULL) STRICT;
+) STRICT
+""",
+    """
+CREATE INDEX groups_by_ticket ON groups (ticket)
+""",
+    """
+CREATE TABLE batches (batch INTEGER PRIMARY KEY, lsn INTEGER NOT NULL, step INTEGER NOT NULL, tickets TEXT NOT NULL) STRICT
+""",
+    """
 CREATE TABLE versions (
     number INTEGER PRIMARY KEY, lsn INTEGER NOT NULL, step INTEGER NOT NULL, lineage INTEGER NOT NULL, root TEXT NOT NULL,
     parent INTEGER NOT NULL, delta TEXT, delta_bytes INTEGER, snapshot TEXT, snapshot_bytes INTEGER,
     full_bytes INTEGER NOT NULL, bound_bytes INTEGER NOT NULL
-) STRICT;
+) STRICT
+""",
+    """
 CREATE TABLE steps (
     lsn INTEGER PRIMARY KEY, step INTEGER NOT NULL, lineage INTEGER NOT NULL, batch INTEGER NOT NULL, largest_lag INTEGER NOT NULL,
     lags TEXT NOT NULL, metrics TEXT NOT NULL
-) STRICT;
-"""
+) STRICT
+""",
+)
+"""The statements that make an empty journal."""
 
 
 class JournalEntry(NamedTuple):

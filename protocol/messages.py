@@ -21,9 +21,12 @@ LEASE_SECONDS: Final = 6.0
 
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^(?!\.+\Z)[\w.\-]+\Z")]
 """Usable as a file name: no slash, not only dots, no line end."""
-Text = Annotated[str, Meta(max_length=4096)]
+MAX_TEXT: Final = 4096
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Number = Annotated[int, Meta(ge=-1, le=1 << 53)]
+"""The number of a version; -1 for none."""
 Figure = Annotated[float, Meta(ge=0.0, le=1e15)]
 """A finite number that is not negative."""
 Tickets = Annotated[list[Count], Meta(max_length=1 << 16)]
@@ -68,7 +71,7 @@ class ActorHello(Message, frozen=True):
 class ActorReport(Message, frozen=True):
     """Heartbeat and credit. `version` is the number of the version sampled from, -1 before the first."""
 
-    version: int
+    version: Number
     num_wanted: Annotated[int, Meta(ge=0, le=4096)]
     """How many tickets this actor is ready to have in hand."""
     tickets: Tickets
@@ -101,7 +104,7 @@ class TicketFailed(Message, frozen=True):
 class GetRoute(Message, frozen=True):
     """Ask how to get from the version held (-1: none) to the newest."""
 
-    held: int
+    held: Number
 
 
 class ActorBye(Message, frozen=True):
@@ -214,7 +217,7 @@ class CommitStep(Message, frozen=True):
 
     step: Count
     batch: Count
-    lags: list[int]
+    lags: Annotated[list[Number], Meta(max_length=1 << 16)]
     metrics: dict[str, float]
 
 
@@ -222,7 +225,7 @@ class Publish(Message, frozen=True):
     """New weights. The blobs are in the store already. `delta` leads from `parent` to `version`."""
 
     version: PolicyVersion
-    parent: int
+    parent: Number
     delta: BlobRef | None
     snapshot: BlobRef | None
     full_bytes: Count
@@ -308,6 +311,12 @@ class Committed(Message, frozen=True):
     step: Count
 
 
+class EvaluationNoted(Message, frozen=True):
+    """The evaluation of `step` is in the journal."""
+
+    step: Count
+
+
 class Published(Message, frozen=True):
     """The publication is in the journal under `number` (an older number if it reproduced that version)."""
 
@@ -334,6 +343,7 @@ ToLearner = (
     | BatchPending
     | GroupData
     | Committed
+    | EvaluationNoted
     | Published
     | LearnerRefused
     | Goodbye

@@ -83,6 +83,9 @@ class LearnerPort(Protocol):
     def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
         """Record that theta_{step+1} exists. May return before it is in the journal; `next_batch` and `done` do not."""
 
+    def confirm(self) -> None:
+        """Wait until every step committed is in the journal."""
+
     def put_blob(self, data: bytes) -> BlobRef:
         """Store a blob."""
 

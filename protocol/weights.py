@@ -40,10 +40,10 @@ class PolicyVersion(msgspec.Struct, frozen=True, array_like=True):
     `root` is the root hash of the bf16 weights.
     """
 
-    number: int
-    step: int
-    lineage: int
-    root: str
+    number: Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]
+    step: Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]
+    lineage: Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]
+    root: Annotated[str, msgspec.Meta(max_length=128)]
 
 
 class BlobRef(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,14 @@ LARGEST = 3.4e38
 """Rewards travel as float32."""
 
 
+def fetch_problem(task: Task, index: int) -> Problem:
+    """Training problem `index`. TaskError, naming the task and the index, if making it raises (the cause is chained)."""
+    try:
+        return task.train(index)
+    except Exception as error:  # a task is user code and may raise anything; the cause is chained, not lost
+        raise TaskError(f"task {type(task).__name__}: training problem {index} raised {type(error).__name__}: {error}") from error
+
+
 def score(task: Task, problem: Problem, completion: str) -> float:
     """The reward of `completion` as a finite float.
 

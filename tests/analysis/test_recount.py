@@ -98,6 +98,11 @@ def test_a_kept_journal_is_counted_from_its_tokens(tmp_path: Path) -> None:
             facts.StepCommitted(1, 1, 0, [0, 0], {}),
             "the tokens say",
         ),
+        (
+            facts.StepCommitted(1, 1, 0, [0, 1], {"reward": None, "lag_max": 1.0}),
+            facts.StepCommitted(1, 1, 0, [0, 1], {"reward": None, "lag_max": 0.0}),
+            "the learner's largest lag is 0.0",
+        ),
         (facts.BatchFormed(1, 1, [2, 3]), facts.BatchFormed(1, 1, [2, 1]), "ticket 1 is in 2 batches"),
         (facts.TicketIssued(3, 1, "a", "e", 0, 0), facts.TicketIssued(9, 1, "a", "e", 0, 0), "ticket 3 was never issued"),
         (facts.RunStopping("the last step is done"), facts.TicketEnded(2, "void", ""), "ticket 2 ended as void and is in a batch"),

@@ -17,7 +17,9 @@ from broker import events as ev
 from broker.ledger import Ledger
 from protocol import facts, messages
 from protocol.pacing import Pacing, smallest_max_lag
-from protocol.weights import PolicyVersion
+from protocol.weights import BlobRef, PolicyVersion
+
+SNAPSHOT = BlobRef("ab" * 32, 1)
 
 SEED, NUM_PROMPTS = 5, 7
 ANY = st.integers(0, 1 << 20)
@@ -291,7 +293,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def publication(self, step: int) -> ev.VersionReady:
         learner = self.learner
         version = PolicyVersion(learner.next_version, step, learner.lineage, f"root-{step}-{self.branch[step]}")
-        return ev.VersionReady(learner.session, version, -1, None, None, 1, 1)
+        return ev.VersionReady(learner.session, version, -1, None, SNAPSHOT, 1, 1)
 
     def next_of_learner(self) -> ev.Event:
         learner = self.learner

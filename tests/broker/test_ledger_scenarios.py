@@ -9,11 +9,13 @@ import pytest
 
 from broker import events as ev
 from broker.ledger import MAX_FAILURES, RESEND_SECONDS, Ledger
-from protocol import facts, messages
+from protocol import codec, facts, messages
 from protocol.messages import LEASE_SECONDS, ActorReport, WireTicket
 from protocol.pacing import Pacing
 from protocol.sampling import prompt_index, ticket_seed
-from protocol.weights import PolicyVersion
+from protocol.weights import BlobRef, PolicyVersion
+
+SNAPSHOT = BlobRef("ab" * 32, 1)
 
 SEED, NUM_PROMPTS = 3, 11
 F = TypeVar("F")
@@ -65,7 +67,7 @@ class Run:
 
     def publish(self, step: int, root: str = "root") -> list[ev.Effect]:
         version = PolicyVersion(self.ledger.versions.next_number, step, self.ledger.progress.lineage, f"{root}-{step}")
-        return self.do(ev.VersionReady(self.session, version, -1, None, None, 1, 1))
+        return self.do(ev.VersionReady(self.session, version, -1, None, SNAPSHOT, 1, 1))
 
     def want(self, step: int) -> list[ev.Effect]:
         return self.do(ev.BatchWanted(self.session, step))
@@ -290,7 +292,7 @@ def test_an_invalid_group_is_refused_with_its_reason_and_counts_as_a_failed_atte
     run.actor("a", 0)
     run.do(ev.GroupArrived("a", "e", 1, 0, 1, invalid="invalid: lengths"))
     assert run.sent(messages.Refused) == [messages.Refused(1, 0, "invalid: lengths")]
-    assert run.recorded(facts.AttemptFailed)[0].reason == "invalid group: invalid: lengths"
+    assert run.recorded(facts.AttemptFailed)[0].reason == "invalid: lengths"
     assert run.ledger.tickets.open[0].attempt == 2
     assert not run.recorded(facts.GroupAccepted)
 
@@ -500,14 +502,14 @@ def test_a_commit_said_twice_has_the_effect_of_one() -> None:
 
 def test_a_publication_said_twice_has_the_effect_of_one() -> None:
     run = started()
-    effects = run.do(ev.VersionReady("s", PolicyVersion(0, 0, 0, "root-0"), -1, None, None, 1, 1))
+    effects = run.do(ev.VersionReady("s", PolicyVersion(0, 0, 0, "root-0"), -1, None, SNAPSHOT, 1, 1))
     assert run.sent(messages.Published, effects=effects) == [messages.Published(0, 0, 1)]
     assert not run.recorded(facts.Fact, effects)
 
 
 def test_a_publication_under_a_wrong_number_is_refused() -> None:
     run = started()
-    effects = run.do(ev.VersionReady("s", PolicyVersion(5, 1, 0, "new"), 0, None, None, 1, 1))
+    effects = run.do(ev.VersionReady("s", PolicyVersion(5, 1, 0, "new"), 0, None, SNAPSHOT, 1, 1))
     assert run.sent(messages.LearnerRefused, effects=effects) and not run.recorded(facts.Fact, effects)
 
 
@@ -659,7 +661,48 @@ def test_no_ticket_is_issued_after_a_stop() -> None:
     run.report("a", 0, wanted=100)
     run.actor("b", 0)
     assert run.issued() == [0]
-    assert run.sent(messages.Stop, "b") == [messages.Stop("enough")]
+    assert set(run.sent(messages.Stop, "b")) == {messages.Stop("enough")}
+
+
+def test_a_lost_announcement_is_said_again_with_every_report_until_it_is_acted_on() -> None:
+    run = started(max_lag=0)
+    run.actor("a", 0)
+    run.one_step(0)
+    assert run.sent(messages.NewVersion, "a", effects=run.report("a", 0))[0].version.step == 1
+    assert not run.sent(messages.NewVersion, "a", effects=run.report("a", 1))
+    run.do(ev.StopWanted("enough"))
+    for _ in range(2):
+        assert run.sent(messages.Stop, "a", effects=run.report("a", 1)) == [messages.Stop("enough")]
+
+
+@pytest.mark.parametrize(
+    ("step", "lineage", "parent", "delta", "snapshot"),
+    [(5, 0, -1, None, SNAPSHOT), (1, 7, -1, None, SNAPSHOT), (1, 0, 0, None, None), (1, 0, 1, SNAPSHOT, None), (1, 0, 9, SNAPSHOT, None)],
+)
+def test_a_publication_that_cannot_be_is_refused(
+    step: int, lineage: int, parent: int, delta: BlobRef | None, snapshot: BlobRef | None
+) -> None:
+    run = started()
+    effects = run.do(ev.VersionReady("s", PolicyVersion(1, step, lineage, "new"), parent, delta, snapshot, 1, 1))
+    assert run.sent(messages.LearnerRefused, effects=effects)
+    assert len(run.recorded(facts.VersionPublished)) == 1
+
+
+def test_one_actor_cannot_fail_the_tickets_of_another() -> None:
+    run = started(max_lag=0)
+    run.actor("a", 0)
+    run.actor("b", 0, wanted=0)
+    for _ in range(5):
+        run.give_up("b", 0, 1)
+    assert not run.recorded(facts.TicketRevoked)
+    assert not run.recorded(facts.TicketEnded)
+
+
+def test_whatever_the_ledger_says_fits_into_a_message() -> None:
+    run = started(max_lag=0)
+    run.do(ev.StopWanted("x" * 10_000))
+    (stop,) = set(run.sent(messages.Stop))
+    assert codec.to_actor.decode(codec.encode(stop))[0] == stop
 
 
 def test_a_learner_that_asks_for_a_batch_after_a_stop_is_told_to_stop() -> None:
