@@ -21,7 +21,7 @@ class Pace:
 
     def seconds_left(self, status: RunStatus) -> float | None:
         """Seconds until the last step at the present pace, None as long as there is no pace."""
-        if status.step > self._step >= 0:
+        if status.step > self._step > 0:  # the first step also holds everybody's start
             rate = (status.step - self._step) / max(status.elapsed_seconds - self._at, 1e-3)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
         if status.step != self._step:
@@ -68,7 +68,7 @@ def plain_line(status: RunStatus, left: float | None) -> str:
     parts = [
         f"step {status.step}/{status.num_steps}",
         f"left {_duration(left)}",
-        f"reward {metrics.get('reward', float('nan')):.3f}",
+        f"reward {_reward(status)}",
         f"held-out {_heldout(status)}",
         f"lag {metrics.get('lag_mean', 0):.1f} (largest {status.largest_lag}, S {status.max_lag})",
         f"tickets {status.outstanding} out, {status.queued} queued, {status.consumed} consumed",
@@ -91,7 +91,7 @@ def render(status: RunStatus, left: float | None) -> RenderableType:
     )
     top.add_row(f"{status.run}", Text(status.phase, style="red" if status.halted else "green"))
     top.add_row("step", progress)
-    top.add_row("reward", f"training {metrics.get('reward', float('nan')):.3f}   held-out {_heldout(status)}")
+    top.add_row("reward", f"training {_reward(status)}   held-out {_heldout(status)}")
     shares = "  ".join(f"{lag}: {count}" for lag, count in status.lags.items()) or "nothing trained on yet"
     top.add_row("lag", f"groups trained on at each lag: {shares}   (S = {status.max_lag}, largest {status.largest_lag})")
     top.add_row("tickets", _tickets(status))
@@ -120,6 +120,10 @@ def _tickets(status: RunStatus) -> str:
         f"{status.issued} issued = {status.outstanding} outstanding + {status.queued} queued + {status.consumed} consumed"
         f" + {status.expired} expired + {status.failed} failed + {status.void} void" + (f"   refused: {refused}" if refused else "")
     )
+
+
+def _reward(status: RunStatus) -> str:
+    return f"{status.metrics['reward']:.3f}" if "reward" in status.metrics else "none yet"
 
 
 def _heldout(status: RunStatus) -> str:

@@ -45,5 +45,6 @@ def test_plain_lines_come_every_few_seconds_where_there_is_no_terminal() -> None
 def test_the_time_left_follows_the_pace_of_the_steps() -> None:
     pace = Pace()
     assert pace.seconds_left(status(0, 0.0)) is None
-    assert pace.seconds_left(status(10, 20.0)) == pytest.approx(180.0)
-    assert pace.seconds_left(status(10, 25.0)) == pytest.approx(180.0)
+    assert pace.seconds_left(status(1, 30.0)) is None, "the first step also holds everybody's start"
+    assert pace.seconds_left(status(11, 50.0)) == pytest.approx(178.0)
+    assert pace.seconds_left(status(11, 55.0)) == pytest.approx(178.0)
