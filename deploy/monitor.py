@@ -80,7 +80,6 @@ def plain_line(status: RunStatus, left: float | None) -> str:
 
 def render(status: RunStatus, left: float | None) -> RenderableType:
     """The live view."""
-    metrics = status.metrics
     top = Table.grid(padding=(0, 2))
     top.add_column(justify="right", style="bold")
     top.add_column()
