@@ -21,7 +21,7 @@ from deploy.rundir import RunDirectory, is_weights
 from protocol.config import Config, parse_config
 from protocol.errors import ConfigError, SlipstreamError
 from protocol.messages import ActorReport, ActorWelcome
-from protocol.ports import ActorPort
+from protocol.ports import ActorPort, LearnerPort
 
 log = logging.getLogger("deploy")
 
@@ -173,20 +173,31 @@ def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
 def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
     """Run this process's rank of the learner, under torchrun or alone."""
     import torch
-    from transformers import AutoTokenizer
 
     from broker.learner_client import LearnerClient
-    from learner.loop import Learner
     from learner.ranks import OneRank, TorchRanks, under_torchrun
-    from tasks.registry import load_task
 
-    config, manifest = run.config(), run.manifest()
+    config = run.config()
     device = _learner_device(config)
     torch.set_num_threads(config.learner.threads)
     ranks = TorchRanks(device) if under_torchrun() else OneRank()
+    learner = _build_learner(run, ranks, LearnerClient(address, key) if ranks.rank == 0 else None, device)
+    learner.run()
+    if isinstance(ranks, TorchRanks):
+        ranks.close()
+
+
+def _build_learner(run: RunDirectory, ranks: Any, port: LearnerPort | None, device: Any) -> Any:
+    """One rank's learner on a run's policy, or on its newest checkpoint."""
+    from transformers import AutoTokenizer
+
+    from learner.loop import Learner
+    from tasks.registry import load_task
+
+    config, manifest = run.config(), run.manifest()
     policy = Path(manifest.policy)
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    learner = Learner(
+    return Learner(
         config=config,
         policy=policy,
         run=manifest.run,
@@ -195,12 +206,9 @@ def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
         tokenizer=tokenizer,
         stop_ids=stop_ids(policy, tokenizer),
         ranks=ranks,
-        port=LearnerClient(address, key) if ranks.rank == 0 else None,
+        port=port,
         device=device,
     )
-    learner.run()
-    if isinstance(ranks, TorchRanks):
-        ranks.close()
 
 
 def _learner_device(config: Config) -> Any:
@@ -209,6 +217,8 @@ def _learner_device(config: Config) -> Any:
     name = config.learner.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("learner.device", name, "torch sees no such device here", "auto, or cpu")
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -221,39 +231,22 @@ def _learner_device(config: Config) -> Any:
 
 def run_serial(run: RunDirectory) -> None:
     """The whole loop in one process and one event loop, over the in-memory ports: for debugging, and to compare with."""
-    import torch
-    from transformers import AutoTokenizer
-
     from broker.memory import MemoryBroker
-    from learner.loop import Learner
     from learner.ranks import OneRank
-    from tasks.registry import load_task
 
-    config, manifest = run.config(), run.manifest()
+    config = run.config()
     if config.learner.ranks != 1:
         raise ConfigError("learner.ranks", config.learner.ranks, "serial mode has one rank", "--set learner.ranks=1")
     loop = asyncio.new_event_loop()
     broker = make_broker(run)
     memory = MemoryBroker(broker, SystemClock())
-    policy = Path(manifest.policy)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
     actors: list[asyncio.Task[None]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="slipstream-policy-") as folder:
             for index in range(max(1, config.actor.num_actors)):
                 actors.append(loop.create_task(_serial_actor(memory.actor_port(f"actor-{index}"), Path(folder), f"actor-{index}")))
-            learner = Learner(
-                config=config,
-                policy=policy,
-                run=manifest.run,
-                folder=run.checkpoints,
-                task=load_task(config.task.name, config.task.options),
-                tokenizer=tokenizer,
-                stop_ids=stop_ids(policy, tokenizer),
-                ranks=OneRank(),
-                port=memory.learner_port(loop, lambda: _raise_failure(actors)),
-                device=torch.device("cpu") if config.learner.device == "auto" else torch.device(config.learner.device),
-            )
+            port = memory.learner_port(loop, lambda: _raise_failure(actors))
+            learner = _build_learner(run, OneRank(), port, _learner_device(config))
             learner.run()
             loop.run_until_complete(asyncio.wait_for(asyncio.gather(*actors), 60))
     finally:
