@@ -79,11 +79,6 @@ class Broker:
         self._journal.append(facts.RunStarted(run, len(entries)), b"", wall)
         self._journal.commit()
 
-    @property
-    def num_recovered(self) -> int:
-        """Facts found in the journal at the start."""
-        return self.book.num_facts
-
     # --- what comes in
 
     def actor_message(

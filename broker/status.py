@@ -35,11 +35,9 @@ class StatusBook:
         self._learner: messages.LearnerReport | None = None
         self._learner_seen = now
         self._delta_bytes = self._full_bytes = 0
-        self.num_facts = 0
 
     def observe(self, fact: facts.AnyFact, now: float) -> None:
         """A fact was recorded, now or in an earlier life of the broker."""
-        self.num_facts += 1
         if isinstance(fact, facts.LearnerStarted):
             self._learner, self._learner_seen = None, now
         if isinstance(fact, facts.VersionPublished):
