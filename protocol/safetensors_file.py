@@ -18,6 +18,7 @@ from protocol.errors import DamagedDelta
 from protocol.weights import DTYPE_BITS, Tensor
 
 MAX_HEADER_BYTES: Final = 64 << 20
+MAX_DIMENSIONS: Final = 8
 _READABLE: Final[Mapping[str, np.dtype[Any]]] = {**DTYPE_BITS, "U8": np.dtype("u1")}
 
 
@@ -29,17 +30,21 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file. Tensor order is kept; the header is padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header, _ = header_of({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata)
+    return b"".join([header, *(np.ascontiguousarray(t.bits).view(np.uint8).data for t in tensors.values())])
+
+
+def header_of(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """What precedes the tensors' bytes in a file of tensors with these dtypes and shapes, and the size of the whole file."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.bits.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for name, (dtype, shape) in layout.items():
+        end = offset + math.prod(shape) * _READABLE[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = msgspec.json.encode(header)
     encoded += b" " * (-len(encoded) % 8)
-    parts = [len(encoded).to_bytes(8, "little"), encoded]
-    parts += [np.ascontiguousarray(t.bits).view(np.uint8).tobytes() for t in tensors.values()]
-    return b"".join(parts)
+    return len(encoded).to_bytes(8, "little") + encoded, 8 + len(encoded) + offset
 
 
 def deserialize(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -81,6 +86,6 @@ def _tensor(name: str, entry: _Entry, data: memoryview) -> Tensor:
     dtype = _READABLE.get(entry.dtype)
     if dtype is None:
         raise DamagedDelta(f"tensor {name!r} has dtype {entry.dtype!r}; known are {', '.join(_READABLE)}")
-    if any(size < 0 for size in entry.shape) or math.prod(entry.shape) * dtype.itemsize != len(data):
+    if len(entry.shape) > MAX_DIMENSIONS or any(size < 0 for size in entry.shape) or math.prod(entry.shape) * dtype.itemsize != len(data):
         raise DamagedDelta(f"tensor {name!r} of shape {entry.shape} and dtype {entry.dtype} cannot have {len(data)} bytes")
     return Tensor(entry.dtype, tuple(entry.shape), np.frombuffer(data, dtype))
