@@ -7,6 +7,7 @@ that both keep the same promises with the same code.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ import numpy as np
 
 from broker import events as ev
 from broker.blobs import BlobStore
+from broker.folding import Folds
 from broker.journal import Journal
 from broker.ledger import Ledger
+from broker.publications import Hop, Way
 from broker.status import StatusBook
 from protocol import facts, messages
 from protocol.config import Config, config_json
@@ -25,6 +28,7 @@ from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME
 from protocol.messages import PROTOCOL_VERSION, NamedBlob
 from protocol.sampling import prompt_index, ticket_seed
+from protocol.weights import BlobRef
 
 METRICS_NAME = "metrics.jsonl"
 log = logging.getLogger("broker")
@@ -40,7 +44,11 @@ class Outgoing(NamedTuple):
 
 
 LEARNER = "learner"
-"""The peer name of the learner in `Outgoing`; actors are addressed as "actor:<name>"."""
+PUBLISHER = "publisher"
+"""Peer names of the learner in `Outgoing`: what it trains on, and what it publishes, are two conversations. Actors are "actor:<name>"."""
+FOLD_BYTES = 1 << 20
+FOLD_HOPS = 8
+"""A way of more bytes or more deltas than this is folded first; a shorter one is given as it is, which takes no time to make."""
 
 
 def actor_peer(name: str) -> str:
@@ -60,8 +68,13 @@ class Broker:
         policy_files: list[NamedBlob],
         now: float,
         wall: float,
+        run_beside: Callable[[Callable[[], None]], object] = lambda job: job(),
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start on a new run's directory, or recover a run from its journal."""
+        """Start on a new run's directory, or recover a run from its journal.
+
+        `run_beside` carries out long work, at once or in another thread; `wake` is called there when `tick` has something to collect.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self._policy_files, self._num_prompts = run, config, policy_files, num_prompts
         self._config_json = config_json(config)
@@ -71,11 +84,19 @@ class Broker:
         self.ledger = Ledger(config.pacing, config.run.seed, num_prompts, config.actor.num_actors)
         self.book = StatusBook(run, config.run.steps, now)
         self._outgoing: list[Outgoing] = []
+        self._removals: list[BlobRef] = []
+        self._folds = Folds(self.blobs, run_beside, wake)
+        self._routes_wanted: dict[tuple[str, str], tuple[int, tuple[Hop, ...]]] = {}
+        """Actors that wait for a way to be folded: the version they hold, and that way."""
+        self._anchoring: tuple[int, int, Way] | None = None
+        self._snapshot_wanted = False
         entries = self._journal.entries()
         for entry in entries:
             self.ledger.apply(entry.fact)
             self.book.observe(entry.fact, now)
         self.ledger.recovered(now)
+        if self.ledger.versions.anchor is not None:
+            self._folds.pin(self.ledger.versions.anchor.delta)
         self._journal.append(facts.RunStarted(run, len(entries)), b"", wall)
         self._journal.commit()
 
@@ -101,8 +122,10 @@ class Broker:
             case messages.TicketFailed(seq=seq, ticket=ticket, attempt=attempt, reason=reason):
                 self._handle(ev.AttemptGivenUp(actor, epoch, seq, ticket, attempt, reason), now, wall)
             case messages.GetRoute():
-                route = self.ledger.versions.route(message.held)
-                self._send(actor_peer(actor), epoch, messages.Route(message.held, self.ledger.versions.newest, route))
+                if message.failed:
+                    log.warning("%s could not follow the way to the newest version: %s", actor, message.failed)
+                    self._snapshot_wanted = self._snapshot_wanted or message.held < 0
+                self._route(actor, epoch, message.held)
             case messages.ActorBye():
                 self._handle(ev.ActorGone(actor, epoch), now, wall)
 
@@ -163,12 +186,86 @@ class Broker:
             case messages.LearnerDone():
                 self._handle(ev.LearnerGone(session, message.step, message.summary), now, wall)
 
+    # --- weights
+
+    def _route(self, actor: str, epoch: str, held: int) -> None:
+        """Answer an actor that wants to get from `held` to the newest version, now or once the way is folded."""
+        versions = self.ledger.versions
+        newest, peer = versions.newest, actor_peer(actor)
+        waits_from, begun = self._routes_wanted.pop((actor, epoch), (held, ()))
+        if newest is None or newest.number == held:
+            self._send(peer, epoch, messages.Route(held, newest, "held", None, []))
+            return
+        way = versions.way_from(held)
+        if way is None or self._folds.has_failed(way.hops):
+            way = versions.way_from_nothing()
+        if way is None:
+            # Nothing leads there yet: the actor asks again, and the next publication brings a snapshot.
+            self._snapshot_wanted = True
+            return
+        hops = self._to_fold(way.hops, begun if waits_from == held else ())
+        folded = self._folds.get(hops) if hops else None
+        if hops and folded is None:
+            self._routes_wanted[actor, epoch] = held, hops
+            return
+        rest = way.hops[len(hops) :]
+        deltas = [rest[0].compact or rest[0].delta] if len(way.hops) == len(rest) == 1 else [hop.delta for hop in rest]
+        deltas = deltas if folded is None else [folded, *deltas]
+        self._send(peer, epoch, messages.Route(held, newest, way.start, way.snapshot if way.start == "snapshot" else None, deltas))
+
+    def _to_fold(self, hops: tuple[Hop, ...], begun: tuple[Hop, ...]) -> tuple[Hop, ...]:
+        """How much of a way to fold: all, if that pays or if one delta is walked back, or nothing.
+
+        Of a way that has become longer since it was begun, what was begun: versions may follow one another faster than ways are folded.
+        """
+        is_short = len(hops) <= 1 or (len(hops) <= FOLD_HOPS and sum(hop.delta.size for hop in hops) <= FOLD_BYTES)
+        if is_short and not any(hop.inverted for hop in hops):
+            return ()
+        since = hops[len(begun) :]
+        if hops[: len(begun)] == begun and not any(hop.inverted for hop in since) and not self._folds.has_failed(begun):
+            return begun or hops
+        return hops
+
+    def _collect_folds(self, now: float, wall: float) -> None:
+        """Carry on with whatever waited for a way to be folded."""
+        for hops, result in self._folds.collect():
+            if isinstance(result, str) and self.ledger.versions.keeps(hops):
+                self._snapshot_wanted = True
+            if self._anchoring is None or self._anchoring[2].hops != hops:
+                continue
+            number, root, _ = self._anchoring
+            self._anchoring = None
+            if not isinstance(result, str):
+                self._anchor(number, root, result, now, wall)
+        for (actor, epoch), (held, _) in list(self._routes_wanted.items()):
+            state = self.ledger.actors.get(actor)
+            if state is None or state.epoch != epoch:
+                del self._routes_wanted[actor, epoch]
+            else:
+                self._route(actor, epoch, held)
+
+    def _consider_anchor(self, now: float, wall: float) -> None:
+        due = self.ledger.versions.anchor_due() if self._anchoring is None else None
+        if due is None or self._folds.has_failed(due[2].hops):
+            return
+        number, root, way = due
+        folded = self._folds.get(way.hops)
+        if folded is None:
+            self._anchoring = due
+        else:
+            self._anchor(number, root, folded, now, wall)
+
+    def _anchor(self, number: int, root: int, delta: BlobRef, now: float, wall: float) -> None:
+        self._folds.pin(delta)
+        self._handle(ev.AnchorMade(number, root, delta), now, wall)
+
     def _publish(self, session: str, message: messages.Publish, now: float, wall: float) -> None:
-        for blob in (message.delta, message.snapshot):
+        for blob in (message.delta, message.snapshot, message.compact):
             if blob is not None and self.blobs.size(blob.digest) != blob.size:
                 reason = f"blob {blob.digest[:16]} of {blob.size} bytes is not in the store"
-                self._send(LEARNER, session, messages.LearnerRefused("publish", reason))
+                self._send_learner(session, messages.LearnerRefused("publish", reason))
                 return
+        self._collect_folds(now, wall)
         self._handle(
             ev.VersionReady(
                 session,
@@ -178,10 +275,15 @@ class Broker:
                 message.snapshot,
                 message.full_bytes,
                 message.bound_bytes,
+                message.compact,
+                message.is_base,
+                message.seconds,
             ),
             now,
             wall,
         )
+        self._consider_anchor(now, wall)
+        self._collect_folds(now, wall)
 
     def control_message(self, message: messages.ControlMessage, now: float, wall: float) -> messages.FromControl:
         """Handle one request of an administrator."""
@@ -196,6 +298,7 @@ class Broker:
 
     def tick(self, now: float, wall: float) -> None:
         """Let time pass; to be called several times a second."""
+        self._collect_folds(now, wall)
         self._handle(ev.Tick(), now, wall)
 
     # --- what goes out
@@ -203,6 +306,9 @@ class Broker:
     def flush(self) -> list[Outgoing]:
         """Commit all facts, then hand out every message that was waiting for them. Raises JournalCommitFailed."""
         self._journal.commit()
+        for blob in self._removals:
+            self.blobs.remove(blob.digest)
+        self._removals.clear()
         outgoing, self._outgoing = self._outgoing, []
         return outgoing
 
@@ -224,6 +330,8 @@ class Broker:
                     self._journal.append(fact, payload, wall)
                     self.book.observe(fact, now)
                     self._write_metrics(fact, wall)
+                    if isinstance(fact, facts.VersionPublished) and fact.snapshot is not None:
+                        self._snapshot_wanted = False
                 case ev.WelcomeActor(actor, epoch, acked):
                     newest = self.ledger.versions.newest
                     welcome = messages.ActorWelcome(PROTOCOL_VERSION, self.run, acked, self._config_json, self._policy_files, newest)
@@ -240,7 +348,17 @@ class Broker:
                     for state in self.ledger.actors.values():
                         self._send(actor_peer(state.name), state.epoch, message)
                 case ev.SendLearner(session, message):
-                    self._send(LEARNER, session, message)
+                    self._send_learner(session, message)
+                case ev.RemoveBlobs(blobs):
+                    self._removals += blobs
+
+    def _send_learner(self, session: str, message: messages.ToLearner) -> None:
+        if isinstance(message, messages.Published):
+            message = msgspec.structs.replace(message, snapshot_wanted=self._snapshot_wanted)
+        about_publication = isinstance(message, messages.Published) or (
+            isinstance(message, messages.LearnerRefused) and message.request == "publish"
+        )
+        self._send(PUBLISHER if about_publication else LEARNER, session, message)
 
     def _write_metrics(self, fact: facts.AnyFact, wall: float) -> None:
         """Steps and evaluations also go to metrics.jsonl, for whoever wants to follow the run with other tools."""

@@ -100,6 +100,17 @@ class VersionReady(Struct, frozen=True):
     snapshot: BlobRef | None
     full_bytes: int
     bound_bytes: int
+    compact: BlobRef | None = None
+    is_base: bool = False
+    seconds: dict[str, float] = {}
+
+
+class AnchorMade(Struct, frozen=True):
+    """The deltas on the way from version `root` to version `number` were folded into one."""
+
+    number: int
+    root: int
+    delta: BlobRef
 
 
 class EvaluationDone(Struct, frozen=True):
@@ -149,6 +160,7 @@ Event = (
     | LearnerGone
     | ActorsWanted
     | StopWanted
+    | AnchorMade
     | Tick
 )
 
@@ -197,4 +209,10 @@ class SendLearner(Struct, frozen=True):
     message: messages.ToLearner
 
 
-Effect = Record | WelcomeActor | WelcomeLearner | SendActor | SendAllActors | SendLearner
+class RemoveBlobs(Struct, frozen=True):
+    """Once the records before are committed, remove files that nothing leads to any more."""
+
+    blobs: list[BlobRef]
+
+
+Effect = Record | RemoveBlobs | WelcomeActor | WelcomeLearner | SendActor | SendAllActors | SendLearner

@@ -12,15 +12,14 @@ feeding a journal's facts to `apply` rebuilds the ledger. Heartbeats and credit 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from dataclasses import dataclass, field
 
 from broker import events as ev
 from broker.publications import Publications, Standing
+from broker.state import ActorState, LearnerState, Progress, brief, finite
 from broker.tickets import State, Ticket, TicketTable
 from protocol import facts, messages
-from protocol.messages import HEARTBEAT_SECONDS, LEASE_SECONDS, MAX_TEXT, ActorReport, WireTicket
+from protocol.messages import HEARTBEAT_SECONDS, LEASE_SECONDS, WireTicket
 from protocol.pacing import Pacing
 from protocol.sampling import prompt_index, ticket_seed
 
@@ -28,59 +27,6 @@ MAX_FAILURES = 3
 """Attempts at a ticket before it ends as failed."""
 RESEND_SECONDS = 2 * HEARTBEAT_SECONDS
 """A ticket that its actor does not report this long after it was sent is sent again."""
-
-
-@dataclass(slots=True)
-class ActorState:
-    """An actor that is present. `seen_at` is the ledger's time of its last sign of life."""
-
-    name: str
-    epoch: str
-    engine: str
-    host: str
-    seen_at: float
-    version: int = -1
-    num_wanted: int = 0
-    tickets: set[int] = field(default_factory=set)
-    report: ActorReport | None = None
-
-
-@dataclass(slots=True)
-class LearnerState:
-    """The learner session, and the step whose batch it waits for, if it waits."""
-
-    session: str
-    lineage: int
-    step: int
-    world_size: int
-    waiting_step: int | None = None
-    waiting_since: float = 0.0
-
-
-@dataclass(slots=True)
-class Progress:
-    """What the run has come to. `step` is the next step to be applied in the present lineage."""
-
-    step: int = 0
-    lineage: int = -1
-    lags: Counter[int] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    summary: dict[str, float | None] = field(default_factory=dict)
-    stopping: str = ""
-    ended: bool = False
-    halted: str = ""
-
-
-def finite(figures: dict[str, float]) -> dict[str, float | None]:
-    """Figures as a fact can hold them: None for what is not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def brief(text: str) -> str:
-    """`text` as long as a message may carry it."""
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
 
 
 class Ledger:
@@ -127,6 +73,8 @@ class Ledger:
                 self._record(facts.ActorsDesired(event.num_actors))
             case ev.StopWanted():
                 self._stop(event.reason)
+            case ev.AnchorMade():
+                self._anchor_made(event)
             case ev.Tick():
                 self._expire_leases()
         self._issue()
@@ -343,7 +291,8 @@ class Ledger:
 
     def _from_learner(self, event: ev.BatchWanted | ev.StepDone | ev.VersionReady | ev.EvaluationDone | ev.LearnerGone) -> None:
         if self.learner is None or self.learner.session != event.session:
-            self._answer(event.session, messages.LearnerRefused("request", "another learner session has taken over"))
+            about = "publish" if isinstance(event, ev.VersionReady) else "request"
+            self._answer(event.session, messages.LearnerRefused(about, "another learner session has taken over"))
             return
         match event:
             case ev.BatchWanted():
@@ -431,7 +380,19 @@ class Ledger:
             for doubtful in self.versions.in_doubt_from(version.step):
                 self._orphan(doubtful)
             number = version.number
-            self._record(facts.VersionPublished(version, event.parent, event.delta, event.snapshot, event.full_bytes, event.bound_bytes))
+            self._record(
+                facts.VersionPublished(
+                    version=version,
+                    parent=event.parent,
+                    delta=event.delta,
+                    snapshot=event.snapshot,
+                    full_bytes=event.full_bytes,
+                    bound_bytes=event.bound_bytes,
+                    compact=event.compact,
+                    is_base=event.is_base,
+                    seconds=event.seconds,
+                )
+            )
             self._effects.append(ev.SendAllActors(messages.NewVersion(version)))
         self._answer(event.session, messages.Published(version.step, number, self.versions.next_number))
 
@@ -440,11 +401,23 @@ class Ledger:
         step, lineage = event.version.step, event.version.lineage
         if not 0 <= step <= self.progress.step + self.pacing.reuse or lineage != self.progress.lineage:
             return f"step {step} of lineage {lineage} is not possible at step {self.progress.step} of lineage {self.progress.lineage}"
-        if event.delta is None and event.snapshot is None:
+        if event.delta is None and event.snapshot is None and not event.is_base:
             return "it has neither a delta nor a snapshot"
         if event.delta is not None and event.parent not in self.versions.by_number:
             return f"its delta starts from version {event.parent}, which is not known"
         return ""
+
+    def _anchor_made(self, event: ev.AnchorMade) -> None:
+        """Newcomers get one folded delta; deltas that it covers may go once the store holds more than its share."""
+        before = self.versions.anchor
+        self._record(facts.VersionAnchored(event.number, event.root, event.delta))
+        if before is not None and before.delta != event.delta:
+            self._effects.append(ev.RemoveBlobs([before.delta]))
+        through = self.versions.excess()
+        if through is not None:
+            files = self.versions.delta_files(through)
+            self._record(facts.DeltasDropped(through))
+            self._effects.append(ev.RemoveBlobs(files))
 
     def _orphan(self, number: int) -> None:
         """A version's branch is dead: its queued groups are sampled again."""
@@ -540,6 +513,10 @@ class Ledger:
                 progress.evaluations.append((fact.step, fact.reward))
             case facts.VersionPublished():
                 self.versions.add(fact)
+            case facts.VersionAnchored():
+                self.versions.set_anchor(fact)
+            case facts.DeltasDropped():
+                self.versions.drop(fact)
             case facts.VersionReproduced():
                 self.versions.by_number[fact.number].standing = Standing.GOOD
             case facts.VersionOrphaned():

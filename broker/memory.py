@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-from broker.core import LEARNER, Broker, actor_peer
+from broker.core import LEARNER, PUBLISHER, Broker, actor_peer
 from broker.session import ActorSession, Result
 from protocol import messages
 from protocol.errors import IncompatiblePeer, RequestRefused
@@ -57,7 +58,7 @@ class MemoryBroker:
 
     def _deliver(self) -> None:
         for outgoing in self.broker.flush():
-            if outgoing.peer == LEARNER:
+            if outgoing.peer in (LEARNER, PUBLISHER):
                 if self.learner is not None and self.learner.session == outgoing.session:
                     self.learner.inbox.append((outgoing.message, outgoing.payload))
                 continue
@@ -128,24 +129,29 @@ class MemoryActorPort:
     def _hand_in(self, result: Result) -> None:
         self._memory.from_actor(self, result.message, result.payload)
 
-    async def route(self, held: int) -> messages.Route:
+    async def route(self, held: int, failed: str = "") -> messages.Route:
         self._session.route = None
-        self._memory.from_actor(self, messages.GetRoute(held))
-        assert self._session.route is not None
+        self._memory.from_actor(self, messages.GetRoute(held, failed))
+        while self._session.route is None:
+            await self._until(lambda: self._session.route is not None, messages.HEARTBEAT_SECONDS)
+            self._memory.from_actor(self, messages.GetRoute(held))
         return self._session.route
 
-    async def fetch(self, blob: BlobRef) -> bytes:
-        data = self._memory.broker.blobs.read(blob.digest)
-        if data is None:
+    async def fetch(self, blob: BlobRef) -> Path:
+        if self._memory.broker.blobs.size(blob.digest) != blob.size:
             raise RequestRefused(f"blob {blob.digest[:16]}", "the store does not have it")
-        return data
+        return self._memory.broker.blobs.path(blob.digest)
+
+    def forget(self, blob: BlobRef) -> None:
+        pass  # the broker's own file
 
     async def leave(self) -> None:
         self._memory.from_actor(self, messages.ActorBye())
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a change. A heartbeat each second keeps the lease, as over sockets."""
-        while not condition():
+    async def _until(self, condition: Callable[[], bool], seconds: float = float("inf")) -> None:
+        """Wait for a change, `seconds` at most. A heartbeat each second keeps the lease, as over sockets."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not condition() and asyncio.get_running_loop().time() < deadline:
             if self._failure is not None:
                 raise self._failure
             self._changed.clear()
@@ -167,8 +173,9 @@ class MemoryLearnerPort:
     def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
         return self._ask(messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size), messages.LearnerWelcome)
 
-    def next_batch(self, step: int) -> ReceivedBatch | None:
+    def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
         while True:
+            while_waiting()
             self._memory.from_learner(self.session, messages.NextBatch(step))
             for message, _ in self._take():
                 if isinstance(message, messages.Stop):

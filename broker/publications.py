@@ -1,16 +1,26 @@
 """The policy versions of a run: which are good, and how to get from one to another.
 
-Invariant: the newest good version is never older than any version an actor may still be told to fetch.
+Invariant: the newest good version is never older than any version an actor may still be told to fetch, and there is a way to it from nothing.
 A version is good, suspect (a resumed learner has gone back behind its step and may or may not arrive there again) or orphaned.
+
+Versions form a tree: each delta leads from a parent to its child, and can be walked back. A newcomer starts at a root: the policy's own files,
+or a snapshot. The anchor is one folded delta from the root to a version further on, so that the deltas behind it can be dropped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final, Literal, NamedTuple
 
-from protocol.facts import VersionPublished
+from protocol.facts import DeltasDropped, VersionAnchored, VersionPublished
 from protocol.weights import BlobRef, PolicyVersion
+
+ANCHOR_EVERY: Final = 16
+"""Deltas beyond the anchor (or the root) after which a new anchor is due."""
+KEPT_MODELS: Final = 16
+KEPT_BYTES: Final = 1 << 30
+"""Deltas are kept up to KEPT_MODELS times the size of the weights, and up to KEPT_BYTES in any case."""
 
 
 class Standing(Enum):
@@ -25,12 +35,40 @@ class Standing(Enum):
 class Publication:
     """A published version and the files that lead to it."""
 
-    version: PolicyVersion
-    parent: int
-    delta: BlobRef | None
-    snapshot: BlobRef | None
-    full_bytes: int
+    fact: VersionPublished
     standing: Standing = Standing.GOOD
+    has_delta: bool = True
+    """Whether its delta is still in the store (or never was needed)."""
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self.fact.version
+
+    @property
+    def is_root(self) -> bool:
+        """Whether a newcomer can start here."""
+        return self.fact.is_base or self.fact.snapshot is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its deltas in the store."""
+        return sum(blob.size for blob in (self.fact.delta, self.fact.compact) if blob is not None) if self.has_delta else 0
+
+
+class Hop(NamedTuple):
+    """A delta on the way; `inverted` if it is walked from child to parent. `compact` is another file for the same step forwards."""
+
+    delta: BlobRef
+    inverted: bool = False
+    compact: BlobRef | None = None
+
+
+class Way(NamedTuple):
+    """How to arrive at the newest version: where to start, and the deltas from there."""
+
+    start: Literal["held", "base", "snapshot"]
+    snapshot: BlobRef | None
+    hops: tuple[Hop, ...]
 
 
 @dataclass(slots=True)
@@ -38,6 +76,7 @@ class Publications:
     """All versions by number, in order."""
 
     by_number: dict[int, Publication] = field(default_factory=dict)
+    anchor: VersionAnchored | None = None
 
     @property
     def next_number(self) -> int:
@@ -52,9 +91,11 @@ class Publications:
                 return publication.version
         return None
 
+    # --- standing
+
     def add(self, fact: VersionPublished) -> None:
         """A new version, good."""
-        self.by_number[fact.version.number] = Publication(fact.version, fact.parent, fact.delta, fact.snapshot, fact.full_bytes)
+        self.by_number[fact.version.number] = Publication(fact)
 
     def step_of(self, number: int) -> int | None:
         """The step of a version that is good or suspect, None for unknown and orphaned ones."""
@@ -94,28 +135,105 @@ class Publications:
             if publication.standing is Standing.SUSPECT and publication.version.step >= step
         ]
 
-    def route(self, held: int) -> list[BlobRef]:
-        """The files that lead from version `held` (-1: none) to the newest, fewest bytes first choice.
+    # --- ways
 
-        Either the deltas from `held`, if it is an ancestor of the newest, or the last snapshot on the way and the deltas behind it.
-        """
+    def way_from(self, held: int) -> Way | None:
+        """How to get from version `held` to the newest, up to their common ancestor and down again; None if that cannot be told."""
         newest = self.newest
-        if newest is None or newest.number == held:
-            return []
-        deltas: list[BlobRef] = []
-        from_snapshot: list[BlobRef] | None = None
-        number = newest.number
-        while number != held:
-            publication = self.by_number.get(number)
-            if publication is None:
-                return from_snapshot or []
-            if publication.snapshot is not None and from_snapshot is None:
-                from_snapshot = [publication.snapshot, *reversed(deltas)]
-            if publication.delta is None:
-                return from_snapshot or []
-            deltas.append(publication.delta)
-            number = publication.parent
-        chain = list(reversed(deltas))
-        if from_snapshot is None or sum(b.size for b in chain) <= sum(b.size for b in from_snapshot):
-            return chain
-        return from_snapshot
+        hops = None if newest is None else self._hops(held, newest.number)
+        return None if hops is None else Way("held", None, hops)
+
+    def way_from_nothing(self) -> Way | None:
+        """How a newcomer gets to the newest version; None if there is none, or no root or delta is left to start with."""
+        newest, root = self.newest, self._root()
+        if newest is None or root is None:
+            return None
+        start: Literal["base", "snapshot"] = "base" if root.fact.is_base else "snapshot"
+        if self.anchor is not None and self.anchor.root == root.version.number:
+            rest = self._hops(self.anchor.number, newest.number)
+            if rest is not None:
+                return Way(start, root.fact.snapshot, (Hop(self.anchor.delta), *rest))
+        hops = self._hops(root.version.number, newest.number)
+        return None if hops is None else Way(start, root.fact.snapshot, hops)
+
+    def _root(self) -> Publication | None:
+        """The last version that a newcomer can start at and that the newest descends from."""
+        newest = self.newest
+        number = newest.number if newest is not None else -1
+        while (publication := self.by_number.get(number)) is not None:
+            if publication.is_root:
+                return publication
+            number = publication.fact.parent
+        return None
+
+    def _hops(self, begin: int, end: int) -> tuple[Hop, ...] | None:
+        if begin not in self.by_number:
+            return None
+        down: dict[int, int] = {}
+        """For each version that `end` descends from by deltas in the store, its place in that line, 0 for `end` itself."""
+        number = end
+        while True:
+            down[number] = len(down)
+            publication = self.by_number[number]
+            if publication.fact.delta is None or not publication.has_delta:
+                break
+            number = publication.fact.parent
+        hops: list[Hop] = []
+        number = begin
+        while number not in down:
+            publication = self.by_number[number]
+            if publication.fact.delta is None or not publication.has_delta:
+                return None
+            hops.append(Hop(publication.fact.delta, inverted=True))
+            number = publication.fact.parent
+        line = [other for other, place in down.items() if place < down[number]]
+        for other in reversed(line):
+            fact = self.by_number[other].fact
+            assert fact.delta is not None
+            hops.append(Hop(fact.delta, compact=fact.compact))
+        return tuple(hops)
+
+    # --- anchor and retention
+
+    def anchor_due(self) -> tuple[int, int, Way] | None:
+        """Number and root of an anchor that should be made now, and the way to fold; None if none is due."""
+        newest, root, way = self.newest, self._root(), self.way_from_nothing()
+        if newest is None or root is None or way is None or len(way.hops) <= ANCHOR_EVERY:
+            return None
+        return newest.number, root.version.number, way
+
+    def set_anchor(self, fact: VersionAnchored) -> None:
+        """Newcomers go by this anchor from now on."""
+        self.anchor = fact
+
+    def excess(self) -> int | None:
+        """The number through which deltas should be dropped now; None if all may stay. Only what no newcomer needs is dropped."""
+        way = self.way_from_nothing()
+        if self.anchor is None or way is None:
+            return None
+        needed = {hop.delta for hop in way.hops}
+        kept = {number: publication.num_bytes for number, publication in self.by_number.items()}
+        budget = max(KEPT_BYTES, KEPT_MODELS * self.by_number[self.anchor.number].fact.full_bytes)
+        total, through = sum(kept.values()), None
+        for number, size in kept.items():
+            if total <= budget or number > self.anchor.number or self.by_number[number].fact.delta in needed:
+                break
+            if size:
+                total, through = total - size, number
+        return through
+
+    def keeps(self, hops: tuple[Hop, ...]) -> bool:
+        """Whether all deltas of a way are meant to be in the store still."""
+        kept = {publication.fact.delta for publication in self.by_number.values() if publication.has_delta}
+        return all(hop.delta in kept or (self.anchor is not None and hop.delta == self.anchor.delta) for hop in hops)
+
+    def delta_files(self, through: int) -> list[BlobRef]:
+        """The delta files in the store of versions up to number `through`."""
+        kept = [publication.fact for number, publication in self.by_number.items() if number <= through and publication.has_delta]
+        return [blob for fact in kept for blob in (fact.delta, fact.compact) if blob is not None]
+
+    def drop(self, fact: DeltasDropped) -> None:
+        """The deltas of versions up to a number are gone."""
+        for number, publication in self.by_number.items():
+            if number <= fact.through:
+                publication.has_delta = False

@@ -5,7 +5,9 @@ One thread serves control, actors and learner; another serves blobs, so that a t
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import threading
 import time
 from collections import Counter
@@ -14,26 +16,49 @@ from typing import Any
 import zmq
 
 from broker.blobs import BlobStore
-from broker.core import LEARNER, Broker, actor_peer
+from broker.core import LEARNER, PUBLISHER, Broker, actor_peer
 from broker.keys import KeyFile, Role
-from broker.sockets import Authenticator, Channel, bind_all, receive
+from broker.sockets import Authenticator, Channel, bind_all, channel_keys, receive
 from protocol import codec, messages
 from protocol.errors import MalformedFrame
-from protocol.messages import CHUNK_BYTES
 
 log = logging.getLogger("broker")
 TICK_SECONDS = 0.25
 MAX_MESSAGES_PER_ROUND = 256
 
 
+class Wakeup:
+    """Lets another thread end a poll. `set` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.receiver, self._sender = socket.socketpair()
+        self.receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def set(self) -> None:
+        """End the poll that is under way, or the next one."""
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it is set already; closed: nobody polls any more
+            self._sender.send(b"1")
+
+    def clear(self) -> None:
+        """Take in that it was set."""
+        with contextlib.suppress(BlockingIOError):
+            self.receiver.recv(4096)
+
+    def close(self) -> None:
+        """Release the descriptors."""
+        self.receiver.close()
+        self._sender.close()
+
+
 class Server:
     """Serves one run until told to shut down."""
 
-    def __init__(self, broker: Broker, address: str, key: KeyFile, allowed: dict[Role, set[str]]) -> None:
-        """Bind the sockets. Raises AddressInUse."""
-        self._broker = broker
+    def __init__(self, broker: Broker, address: str, key: KeyFile, allowed: dict[Role, set[str]], wakeup: Wakeup) -> None:
+        """Bind the sockets. `wakeup` is set by work beside the broker when its `tick` has something to collect. Raises AddressInUse."""
+        self._broker, self._wakeup = broker, wakeup
         self._context: zmq.Context[Any] = zmq.Context()
-        self._authenticator = Authenticator(self._context, allowed)
+        self._authenticator = Authenticator(self._context, channel_keys(allowed))
         try:
             self.address, self._sockets = bind_all(self._context, address, key)
         except BaseException:
@@ -59,6 +84,7 @@ class Server:
         channels = (Channel.CONTROL, Channel.ACTORS, Channel.LEARNER)
         for channel in channels:
             poller.register(self._sockets[channel], zmq.POLLIN)
+        poller.register(self._wakeup.receiver, zmq.POLLIN)
         next_tick = 0.0
         try:
             while not self._stopping.is_set():
@@ -66,6 +92,9 @@ class Server:
                 for channel in channels:
                     if self._sockets[channel] in ready:
                         self._drain(channel)
+                if self._wakeup.receiver.fileno() in ready:
+                    self._wakeup.clear()
+                    next_tick = 0.0
                 if time.monotonic() >= next_tick:
                     self._broker.tick(time.monotonic(), time.time())
                     next_tick = time.monotonic() + TICK_SECONDS
@@ -82,8 +111,9 @@ class Server:
         self._stopping.set()
         if self._blobs.is_alive():
             self._blobs.join()
-        for socket in self._sockets.values():
-            socket.close(linger=500)
+        for opened in self._sockets.values():
+            opened.close(linger=500)
+        self._wakeup.close()
         self._authenticator.close()
         self._context.term()
         self._broker.close()
@@ -120,8 +150,8 @@ class Server:
 
     def _flush(self) -> None:
         for outgoing in self._broker.flush():
-            if outgoing.peer == LEARNER:
-                self._send(Channel.LEARNER, make_identity(LEARNER, outgoing.session), outgoing.message, outgoing.payload)
+            if outgoing.peer in (LEARNER, PUBLISHER):
+                self._send(Channel.LEARNER, make_identity(outgoing.peer, outgoing.session), outgoing.message, outgoing.payload)
             else:
                 name = outgoing.peer.removeprefix(actor_peer(""))
                 self._send(Channel.ACTORS, make_identity(name, outgoing.session), outgoing.message, outgoing.payload)
@@ -144,9 +174,9 @@ class BlobThread(threading.Thread):
     produces:     one answer for each
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], store: BlobStore, stopping: threading.Event) -> None:
+    def __init__(self, channel: zmq.Socket[bytes], store: BlobStore, stopping: threading.Event) -> None:
         super().__init__(name="blobs", daemon=True)
-        self._socket, self._store, self._stopping = socket, store, stopping
+        self._socket, self._store, self._stopping = channel, store, stopping
 
     def run(self) -> None:
         try:
@@ -179,9 +209,9 @@ class BlobThread(threading.Thread):
                 except OSError as error:
                     return messages.BlobRefused(digest, f"cannot store: {error.strerror}"), b""
                 return messages.PutOk(digest, have, stored), b""
-            case messages.GetChunk(digest=digest, offset=offset):
+            case messages.GetChunk(digest=digest, offset=offset, length=length):
                 try:
-                    total, data = self._store.size(digest), self._store.read(digest, offset, CHUNK_BYTES)
+                    total, data = self._store.size(digest), self._store.read(digest, offset, length)
                 except OSError as error:
                     return messages.BlobRefused(digest, f"cannot read: {error.strerror}"), b""
                 if total is None or data is None:

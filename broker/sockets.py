@@ -55,17 +55,22 @@ def endpoint(address: str, channel: Channel) -> str:
 class Authenticator:
     """Answers libzmq's question whether a key may connect to a channel. Counts refusals."""
 
-    def __init__(self, context: zmq.Context[Any], allowed: dict[Role, set[str]]) -> None:
+    def __init__(self, context: zmq.Context[Any], allowed: dict[str, set[str]]) -> None:
+        """`allowed` has the public keys that each domain (a server socket's name) admits."""
         self._thread = zmq.auth.thread.ThreadAuthenticator(context)
         self._thread.start()
         self.num_refused = 0
-        for channel, roles in ADMITS.items():
-            keys = set().union(*(allowed[role] for role in roles))
-            self._thread.configure_curve_callback(domain=channel.name, credentials_provider=_Allowed(self, keys))
+        for domain, keys in allowed.items():
+            self._thread.configure_curve_callback(domain=domain, credentials_provider=_Allowed(self, keys))
 
     def close(self) -> None:
         """Stop answering."""
         self._thread.stop()
+
+
+def channel_keys(allowed: dict[Role, set[str]]) -> dict[str, set[str]]:
+    """The keys that each channel of a broker admits, by the role of their owners."""
+    return {channel.name: set().union(*(allowed[role] for role in roles)) for channel, roles in ADMITS.items()}
 
 
 class _Allowed:
@@ -93,7 +98,7 @@ def bind_all(context: zmq.Context[Any], address: str, key: KeyFile) -> tuple[str
         sockets: dict[Channel, zmq.Socket[bytes]] = {}
         try:
             for channel in Channel:
-                sockets[channel] = _server_socket(context, channel, key)
+                sockets[channel] = server_socket(context, channel.name, key)
                 sockets[channel].bind(f"{host}:{first + channel}")
             return f"{host}:{first}", sockets
         except zmq.ZMQError as caught:
@@ -103,7 +108,8 @@ def bind_all(context: zmq.Context[Any], address: str, key: KeyFile) -> tuple[str
     raise AddressInUse(address, str(error))
 
 
-def _server_socket(context: zmq.Context[Any], channel: Channel, key: KeyFile) -> zmq.Socket[bytes]:
+def server_socket(context: zmq.Context[Any], domain: str, key: KeyFile) -> zmq.Socket[bytes]:
+    """A ROUTER that is a CURVE server; whom it admits is what the context's authenticator says for `domain`."""
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -111,7 +117,7 @@ def _server_socket(context: zmq.Context[Any], channel: Channel, key: KeyFile) ->
     router.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
     router.curve_server = True
     router.curve_publickey, router.curve_secretkey = key.public.encode(), key.secret.encode()
-    router.zap_domain = channel.name.encode()
+    router.zap_domain = domain.encode()
     _common(router)
     return router
 

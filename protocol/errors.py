@@ -15,6 +15,7 @@
     ├── WeightsError             weights that are not exactly what was published
     │   ├── DamagedDelta         a delta or snapshot that does not decode
     │   ├── WrongParent          a delta that starts from other weights than the ones held
+    │   ├── ShadowLost           an actor's own copy of the weights is gone, or has no room
     │   └── RootMismatch         the result does not have the published root hash
     ├── StaleGroup               a group older than max_lag reached an optimizer step
     ├── JournalError             the record of the run cannot be written or read
@@ -22,6 +23,7 @@
     │   └── JournalDamaged       what is on disk is not what was written
     ├── TaskError                a task cannot be loaded or cannot score
     ├── EngineError              an inference engine cannot start or generate
+    ├── EngineDied               an inference engine is gone; its actor ends and is started again
     ├── CheckpointError          a checkpoint is missing or does not fit the run
     └── RunHalted                the run was stopped because going on would be useless
 
@@ -162,6 +164,13 @@ class WrongParent(WeightsError):
         )
 
 
+class ShadowLost(WeightsError):
+    """The file with an actor's copy of the weights is gone or cannot be made."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"shadow of the weights: {problem}. The actor makes a new one from the run's base.")
+
+
 class RootMismatch(WeightsError):
     """Weights after an update do not have the root hash that was published for them."""
 
@@ -212,6 +221,13 @@ class TaskError(SlipstreamError):
 
 class EngineError(SlipstreamError):
     """An inference engine cannot start or cannot generate."""
+
+
+class EngineDied(SlipstreamError):
+    """An inference engine's process is gone. The tickets in hand are nobody's fault: they are issued again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the inference engine died: {reason}. The actor ends and is started again; its log says more.")
 
 
 class CheckpointError(SlipstreamError):

@@ -138,7 +138,7 @@ class Evaluated(Fact, frozen=True):
 
 
 class VersionPublished(Fact, frozen=True):
-    """New weights that actors may sample from."""
+    """New weights that actors may sample from; the fields are those of messages.Publish."""
 
     version: PolicyVersion
     parent: int
@@ -146,6 +146,23 @@ class VersionPublished(Fact, frozen=True):
     snapshot: BlobRef | None
     full_bytes: int
     bound_bytes: int
+    compact: BlobRef | None = None
+    is_base: bool = False
+    seconds: dict[str, float] = {}
+
+
+class VersionAnchored(Fact, frozen=True):
+    """One folded delta leads from version `root` (where newcomers start) to version `number`."""
+
+    number: int
+    root: int
+    delta: BlobRef
+
+
+class DeltasDropped(Fact, frozen=True):
+    """The deltas of versions up to `through` are not in the store any more; newcomers reach later versions by the anchor."""
+
+    through: int
 
 
 class VersionReproduced(Fact, frozen=True):
@@ -210,6 +227,8 @@ AnyFact = (
     | StepCommitted
     | Evaluated
     | VersionPublished
+    | VersionAnchored
+    | DeltasDropped
     | VersionReproduced
     | VersionOrphaned
     | LearnerStarted

@@ -6,13 +6,13 @@ Names of actors and sessions are claims; what a peer may do follows from the key
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
 from protocol.weights import BlobRef, PolicyVersion
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 CHUNK_BYTES: Final = 1 << 20
 HEARTBEAT_SECONDS: Final = 1.0
 """Every peer reports at least this often, whatever it is doing."""
@@ -102,9 +102,10 @@ class TicketFailed(Message, frozen=True):
 
 
 class GetRoute(Message, frozen=True):
-    """Ask how to get from the version held (-1: none) to the newest."""
+    """Ask how to get from the version held (-1: none) to the newest. `failed` says why the way given before did not lead there."""
 
     held: Number
+    failed: Text = ""
 
 
 class ActorBye(Message, frozen=True):
@@ -161,11 +162,16 @@ class NewVersion(Message, frozen=True):
 
 
 class Route(Message, frozen=True):
-    """Weight files to apply in this order to arrive at `version`."""
+    """How to arrive at `version`: start from `start`, then apply `deltas` in order (nearly always one).
+
+    `start` is held (the version held), base (the policy's files rounded to bf16) or snapshot (the file `snapshot`).
+    """
 
     held: int
     version: PolicyVersion | None
-    blobs: list[BlobRef]
+    start: Literal["held", "base", "snapshot"]
+    snapshot: BlobRef | None
+    deltas: list[BlobRef]
 
 
 class Stop(Message, frozen=True):
@@ -222,7 +228,10 @@ class CommitStep(Message, frozen=True):
 
 
 class Publish(Message, frozen=True):
-    """New weights. The blobs are in the store already. `delta` leads from `parent` to `version`."""
+    """New weights. The blobs are in the store already. `delta` leads from `parent` to `version`, and so does `compact`, with positions by class.
+
+    `is_base` says that the weights are the policy's files rounded to bf16. `seconds` is what each part of the publication took.
+    """
 
     version: PolicyVersion
     parent: Number
@@ -230,6 +239,9 @@ class Publish(Message, frozen=True):
     snapshot: BlobRef | None
     full_bytes: Count
     bound_bytes: Count
+    compact: BlobRef | None = None
+    is_base: bool = False
+    seconds: dict[str, Figure] = {}
 
 
 class Evaluation(Message, frozen=True):
@@ -318,11 +330,15 @@ class EvaluationNoted(Message, frozen=True):
 
 
 class Published(Message, frozen=True):
-    """The publication is in the journal under `number` (an older number if it reproduced that version)."""
+    """The publication is in the journal under `number` (an older number if it reproduced that version).
+
+    `snapshot_wanted` asks for a snapshot with the next publication: the store cannot lead a newcomer to the newest version.
+    """
 
     step: Count
     number: int
     next_version: int
+    snapshot_wanted: bool = False
 
 
 class LearnerRefused(Message, frozen=True):
@@ -364,10 +380,12 @@ class PutChunk(Message, frozen=True):
 
 
 class GetChunk(Message, frozen=True):
-    """Ask for up to CHUNK_BYTES at `offset`."""
+    """Ask for up to `length` bytes at `offset` of a file of `size` bytes (a relay may have to fetch it first)."""
 
     digest: Digest
     offset: Count
+    length: Annotated[int, Meta(ge=0, le=CHUNK_BYTES)] = CHUNK_BYTES
+    size: Count = 0
 
 
 BlobMessage = PutChunk | GetChunk

@@ -6,6 +6,7 @@ One contract suite (tests/broker/test_port_contract.py) runs against every imple
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from protocol.groups import Group
@@ -53,11 +54,14 @@ class ActorPort(Protocol):
     async def fail(self, ticket: WireTicket, reason: str) -> None:
         """Give a ticket up."""
 
-    async def route(self, held: int) -> Route:
-        """How to get from version `held` (-1: none) to the newest."""
+    async def route(self, held: int, failed: str = "") -> Route:
+        """How to get from version `held` (-1: none) to the newest; `failed` says why the way given before did not lead there."""
 
-    async def fetch(self, blob: BlobRef) -> bytes:
-        """A blob's bytes, verified."""
+    async def fetch(self, blob: BlobRef) -> Path:
+        """A file with a blob's bytes, verified; not to be written to. Raises RequestRefused if the store does not have it any more."""
+
+    def forget(self, blob: BlobRef) -> None:
+        """The file of a blob is not needed any more."""
 
     async def leave(self) -> None:
         """Wait for what is unacknowledged, within reason, then say goodbye and release everything."""
@@ -72,13 +76,16 @@ class ReceivedBatch(NamedTuple):
 
 
 class LearnerPort(Protocol):
-    """The learner's view of the broker; used by rank 0 only."""
+    """The learner's view of the broker; used by rank 0 only.
+
+    `put_blob` and `publish` may be called from a second thread, beside one that trains; all else belongs to one thread.
+    """
 
     def join(self, step: int, world_size: int) -> LearnerWelcome:
         """Say hello with weights of `step`. Raises RequestRefused if they are not of this run."""
 
-    def next_batch(self, step: int) -> ReceivedBatch | None:
-        """The batch that `step` uses; waits for it. None when the run is to stop."""
+    def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
+        """The batch that `step` uses; waits for it, and meanwhile calls `while_waiting` every second or so. None when the run is to stop."""
 
     def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
         """Record that theta_{step+1} exists. May return before it is in the journal; `next_batch` and `done` do not."""

@@ -51,6 +51,7 @@ def surviving(ledger: Ledger) -> dict[str, Any]:
         "unbatched": [t.number for t in tickets.unbatched()],
         "next_issue": tickets.next_issue(),
         "versions": ledger.versions.by_number,
+        "anchor": ledger.versions.anchor,
         "progress": ledger.progress,
         "actors": {a.name: (a.epoch, a.engine, a.host, a.tickets) for a in ledger.actors.values()},
         "learner": learner and (learner.session, learner.lineage, learner.step, learner.world_size),

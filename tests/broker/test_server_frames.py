@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +10,17 @@ import pytest
 import zmq
 
 from broker.control import ControlClient
-from broker.core import Broker
-from broker.keys import allowed_keys, load_key, make_keys
+from broker.keys import load_key
 from broker.server import Server
 from broker.sockets import Channel, client_socket, endpoint, send_or_drop
 from protocol import codec, messages
-from protocol.config import parse_config
 from protocol.weights import PolicyVersion
 
 ROLE_OF = {Channel.CONTROL: "admin", Channel.ACTORS: "actor", Channel.LEARNER: "learner", Channel.BLOBS: "actor"}
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    make_keys(tmp_path / "keys")
-    broker = Broker(tmp_path / "run", "frames", parse_config({}), 16, [], time.monotonic(), time.time())
-    server = Server(broker, "tcp://127.0.0.1:0", load_key(tmp_path / "keys" / "broker.key"), allowed_keys(tmp_path / "keys"))
-    thread = threading.Thread(target=server.serve)
-    thread.start()
-    yield server
-    server.stop()
-    thread.join(20)
-    assert not thread.is_alive()
-
-
-def still_serves(server: Server, folder: Path) -> messages.RunStatus:
-    client = ControlClient(server.address, load_key(folder / "keys" / "admin.key"))
+def still_serves(served: Server, folder: Path) -> messages.RunStatus:
+    client = ControlClient(served.address, load_key(folder / "keys" / "admin.key"))
     try:
         return client.status()
     finally:
@@ -58,11 +41,11 @@ GARBAGE: list[list[bytes]] = [
 
 
 @pytest.mark.parametrize("channel", list(Channel))
-def test_garbage_from_a_peer_with_a_valid_key_is_refused_and_the_server_goes_on(server: Server, tmp_path: Path, channel: Channel) -> None:
+def test_garbage_from_a_peer_with_a_valid_key_is_refused_and_the_server_goes_on(served: Server, tmp_path: Path, channel: Channel) -> None:
     context: zmq.Context[Any] = zmq.Context()
     for identity in (b"a/b", b"\xff\xfe/x", b"noslash", b"x" * 200, b"a/"):
-        socket = client_socket(context, server.address, channel, load_key(tmp_path / "keys" / f"{ROLE_OF[channel]}.key"), identity)
-        socket.connect(endpoint(server.address, channel))
+        socket = client_socket(context, served.address, channel, load_key(tmp_path / "keys" / f"{ROLE_OF[channel]}.key"), identity)
+        socket.connect(endpoint(served.address, channel))
         for frames in GARBAGE:
             assert socket.poll(10_000, zmq.POLLOUT)
             socket.send_multipart(frames)
@@ -72,16 +55,17 @@ def test_garbage_from_a_peer_with_a_valid_key_is_refused_and_the_server_goes_on(
             assert socket.poll(10_000)
         socket.close(linger=2000)
     context.term()
-    assert still_serves(server, tmp_path).run == "frames"
+    assert still_serves(served, tmp_path).run == "frames"
 
 
-def test_messages_out_of_any_order_are_answered_or_ignored_and_the_server_goes_on(server: Server, tmp_path: Path) -> None:
+def test_messages_out_of_any_order_are_answered_or_ignored_and_the_server_goes_on(served: Server, tmp_path: Path) -> None:
     context: zmq.Context[Any] = zmq.Context()
     wild: dict[Channel, list[Any]] = {
         Channel.ACTORS: [
             messages.SubmitGroup(1, 1, 1),
             messages.TicketFailed(9, 9, 9, "no"),
             messages.GetRoute(1 << 50),
+            messages.GetRoute(-7, "no way"),
             messages.ActorBye(),
             messages.ActorReport(-7, 4096, [1, 2, 3], 0.0, 0.0, 0, "x"),
             messages.ActorHello(99, "other", "e", "engine", "host", 1, []),
@@ -92,7 +76,7 @@ def test_messages_out_of_any_order_are_answered_or_ignored_and_the_server_goes_o
             messages.CommitStep(5, 5, [1], {}),
             messages.LearnerDone(7, {}),
             messages.LearnerHello(99, "s", 0, 1),
-            messages.LearnerHello(1, "s", 0, 1),
+            messages.LearnerHello(messages.PROTOCOL_VERSION, "s", 0, 1),
             messages.CommitStep(0, 0, [], {}),
             messages.CommitStep(0, 1 << 40, [1], {}),
             messages.Publish(PolicyVersion(1 << 40, -5, 9, "x"), 5, None, None, 1, 1),
@@ -104,36 +88,37 @@ def test_messages_out_of_any_order_are_answered_or_ignored_and_the_server_goes_o
             messages.PutChunk("ab" * 32, 1 << 60, 0),
             messages.PutChunk("cd" * 32, 3, 1 << 60),
             messages.GetChunk("ef" * 32, 1 << 60),
+            messages.GetChunk("ef" * 32, 0, 0, 1 << 60),
         ],
     }
     for channel, sent in wild.items():
-        socket = client_socket(context, server.address, channel, load_key(tmp_path / "keys" / f"{ROLE_OF[channel]}.key"), b"a/b")
-        socket.connect(endpoint(server.address, channel))
+        socket = client_socket(context, served.address, channel, load_key(tmp_path / "keys" / f"{ROLE_OF[channel]}.key"), b"a/b")
+        socket.connect(endpoint(served.address, channel))
         for message in sent:
             assert socket.poll(10_000, zmq.POLLOUT)
             socket.send_multipart(codec.encode(message, b"payload"))
         socket.close(linger=2000)
     context.term()
-    status = still_serves(server, tmp_path)
+    status = still_serves(served, tmp_path)
     assert status.issued == status.outstanding + status.queued + status.consumed + status.expired + status.failed + status.void
 
 
 @pytest.mark.parametrize("channel", list(Channel))
-def test_a_peer_without_a_key_or_with_the_key_of_another_role_gets_nothing(server: Server, tmp_path: Path, channel: Channel) -> None:
+def test_a_peer_without_a_key_or_with_the_key_of_another_role_gets_nothing(served: Server, tmp_path: Path, channel: Channel) -> None:
     context: zmq.Context[Any] = zmq.Context()
     plain = context.socket(zmq.DEALER)
     sockets = [plain]
-    plain.connect(endpoint(server.address, channel))
+    plain.connect(endpoint(served.address, channel))
     for role in ("actor", "learner", "admin"):
         if role == ROLE_OF[channel] or (channel is Channel.BLOBS and role == "learner"):
             continue
-        socket = client_socket(context, server.address, channel, load_key(tmp_path / "keys" / f"{role}.key"), b"a/b")
-        socket.connect(endpoint(server.address, channel))
+        socket = client_socket(context, served.address, channel, load_key(tmp_path / "keys" / f"{role}.key"), b"a/b")
+        socket.connect(endpoint(served.address, channel))
         sockets.append(socket)
     deadline = time.monotonic() + 10
-    while server._authenticator.num_refused < len(sockets) - 1 and time.monotonic() < deadline:
+    while served._authenticator.num_refused < len(sockets) - 1 and time.monotonic() < deadline:
         time.sleep(0.02)  # the authenticator's count has no event to wait for
-    assert server._authenticator.num_refused >= len(sockets) - 1
+    assert served._authenticator.num_refused >= len(sockets) - 1
     for socket in sockets:
         # IMMEDIATE: nothing can be sent where no handshake succeeded; the plain one may queue, and gets no answer.
         if socket.poll(0, zmq.POLLOUT):
@@ -142,4 +127,4 @@ def test_a_peer_without_a_key_or_with_the_key_of_another_role_gets_nothing(serve
         assert not socket.poll(100)
         socket.close(linger=0)
     context.term()
-    assert still_serves(server, tmp_path).run == "frames"
+    assert still_serves(served, tmp_path).run == "frames"

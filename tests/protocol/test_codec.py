@@ -51,6 +51,8 @@ def example(kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return example(arguments[0])
+    if origin is typing.Literal:
+        return arguments[-1]
     if origin is list:
         return [example(arguments[0])]
     if origin is tuple:
