@@ -13,13 +13,13 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
-from broker.blob_client import BlobClient
+from broker.downloads import Downloads, Sources
 from broker.keys import KeyFile
 from broker.server import make_identity
 from broker.session import ActorSession, Result
@@ -42,16 +42,16 @@ MAX_UNACKED = 64
 class ActorClient:
     """Implements protocol.ports.ActorPort."""
 
-    def __init__(self, address: str, key: KeyFile, name: str) -> None:
+    def __init__(self, address: str, key: KeyFile, name: str, sources: Sources | None = None) -> None:
         self._address, self._key, self._name = address, key, name
+        self._sources = sources or Sources()
         self._epoch = os.urandom(6).hex()
         self._session = ActorSession()
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: PeerError | ProtocolError | None = None
         self._heard_at = self._sent_at = time.monotonic()
-        self._blob_thread = ThreadPoolExecutor(1, "blobs")
-        self._blobs: BlobClient | None = None
+        self._downloads: Downloads | None = None
         self._report_wanted = asyncio.Event()
 
     @property
@@ -81,12 +81,13 @@ class ActorClient:
             self._context.term()
             raise
         self._socket = zmq.asyncio.Socket.from_socket(self._raw)
-        self._blobs = BlobClient(self._context, self._address, self._key, identity)
+        self._downloads = Downloads(self._context, self._address, self._key, identity, self._sources)
         self._heard_at = time.monotonic()
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._heartbeat())]
         await self._hello()
         await self._until(lambda: self._session.welcome is not None, "the welcome", CONNECT_SECONDS)
         assert self._session.welcome is not None
+        self._downloads.keep([file.blob for file in self._session.welcome.policy_files])
         return self._session.welcome
 
     def report_now(self) -> None:
@@ -121,10 +122,11 @@ class ActorClient:
         await self._send(result.message, result.payload)
         await self._until(lambda: len(self._session.unacked) < MAX_UNACKED, "acknowledgements")
 
-    async def route(self, held: int) -> messages.Route:
+    async def route(self, held: int, failed: str = "") -> messages.Route:
         self._session.route = None
         while self._session.route is None or self._session.route.held != held:
-            await self._send(messages.GetRoute(held))
+            await self._send(messages.GetRoute(held, failed))
+            failed = ""  # once is enough: it may ask for a snapshot
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESEND_SECONDS):
                     await self._until(
@@ -132,9 +134,13 @@ class ActorClient:
                     )
         return self._session.route
 
-    async def fetch(self, blob: BlobRef) -> bytes:
-        assert self._blobs is not None
-        return await asyncio.get_running_loop().run_in_executor(self._blob_thread, self._blobs.get, blob)
+    async def fetch(self, blob: BlobRef) -> Path:
+        assert self._downloads is not None
+        return await asyncio.wrap_future(self._downloads.start(blob))
+
+    def forget(self, blob: BlobRef) -> None:
+        if self._downloads is not None:
+            self._downloads.forget(blob)
 
     async def leave(self) -> None:
         if self._tasks:
@@ -147,10 +153,9 @@ class ActorClient:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._socket.close(linger=200)
             self._raw.close()
-        if self._blobs is not None:
-            self._blobs.stop()
-            await asyncio.to_thread(self._blob_thread.shutdown)
-            self._blobs.close()
+        if self._downloads is not None:
+            await asyncio.to_thread(self._downloads.stop)
+            self._downloads.close()
             self._context.term()
 
     # --- the two loops

@@ -1,39 +1,59 @@
-"""Moving blobs to and from the broker in pieces.
+"""Moving blobs to and from a store in pieces.
 
-Invariant: at most CREDIT pieces are under way, so neither side holds more than CREDIT * CHUNK_BYTES for one transfer, and a transfer that
-was cut goes on where it stopped.
+Invariant: at most CREDIT pieces are under way, so neither side holds more than CREDIT * CHUNK_BYTES for one transfer; what has arrived is in a
+file; and a transfer that was cut goes on where it stopped as soon as there is a connection again.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import blake3
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
+from broker.blobs import BlobStore
 from broker.keys import KeyFile
+from broker.pieces import CREDIT, Pieces
 from broker.sockets import Channel, client_socket, endpoint, send_or_drop
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, DamagedDelta, RequestRefused
 from protocol.messages import CHUNK_BYTES
 from protocol.weights import BlobRef
 
-CREDIT: Final = 8
-RETRY_SECONDS: Final = 3.0
+RETRY_SECONDS: Final = 15.0
+"""Questions without an answer for this long are asked again, even if the connection seems to hold."""
 POLL_MILLISECONDS: Final = 200
 GIVE_UP_SECONDS: Final = 300.0
 
 
 class BlobClient:
-    """One connection to the blobs channel; used by one thread at a time."""
+    """One connection to a store; used by one thread at a time."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, key: KeyFile, identity: bytes) -> None:
-        self._address, self._stopped = address, threading.Event()
-        self._socket = client_socket(context, address, Channel.BLOBS, key, identity)
-        self._socket.connect(endpoint(address, Channel.BLOBS))
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        key: KeyFile,
+        identity: bytes,
+        *,
+        relay: bool = False,
+        give_up_seconds: float = GIVE_UP_SECONDS,
+    ) -> None:
+        """Connect to the blobs channel of the broker at `address`, or with `relay` to the one socket of an actor that serves what it has."""
+        self._address, self._stopped, self._give_up_seconds = address, threading.Event(), give_up_seconds
+        server = key.public if relay else key.broker
+        self._socket = client_socket(context, address, Channel.BLOBS, key._replace(broker=server), identity)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._socket.connect(address if relay else endpoint(address, Channel.BLOBS))
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
 
     def stop(self) -> None:
         """Give up the transfer that is under way; may be called from another thread."""
@@ -41,29 +61,43 @@ class BlobClient:
 
     def close(self) -> None:
         """Release the connection."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
-    def get(self, blob: BlobRef) -> bytes:
-        """The bytes of a blob. Raises RequestRefused if the store does not have it, DamagedDelta if it is not what its name says."""
-        data = bytearray(blob.size)
-        missing = set(range(0, blob.size, CHUNK_BYTES)) or {0}
-        asked: set[int] = set()
+    def get(self, blob: BlobRef, store: BlobStore) -> Path:
+        """Bring a blob into `store`; its path there.
 
-        def ask() -> None:
-            for offset in sorted(missing - asked)[: CREDIT - len(asked)]:
-                self._send(messages.GetChunk(blob.digest, offset))
-                asked.add(offset)
+        Raises RequestRefused if the other side does not have it, DamagedDelta if what came is not what its name says, BrokerUnreachable.
+        """
+        if store.size(blob.digest) == blob.size:
+            return store.path(blob.digest)
+        pieces = Pieces(blob.size)
+        clock = _Rate()
+        with store.incoming(blob.digest) as file:
 
-        def take(message: messages.ToBlobClient, payload: bytes | memoryview) -> None:
-            if isinstance(message, messages.Chunk) and message.offset in missing and message.size == blob.size:
-                data[message.offset : message.offset + len(payload)] = payload
-                missing.discard(message.offset)
-                asked.discard(message.offset)
+            def ask() -> None:
+                for piece in pieces.ask():
+                    self._send(messages.GetChunk(blob.digest, piece.offset, piece.length, blob.size))
 
-        self._exchange(blob, ask, take, lambda: not missing, asked.clear)
-        if blake3.blake3(data).hexdigest() != blob.digest:
-            raise DamagedDelta(f"blob {blob.digest[:16]} arrived with other bytes than its name says")
-        return bytes(data)
+            def take(message: messages.ToBlobClient, payload: bytes | memoryview) -> None:
+                if not isinstance(message, messages.Chunk):
+                    return
+                if message.size != blob.size:
+                    raise DamagedDelta(f"blob {blob.digest[:16]} has {message.size} bytes on the other side, {blob.size} were announced")
+                if pieces.receive(message.offset, len(payload)):
+                    os.pwrite(file.fileno(), payload, message.offset)
+                    pieces.adapt(clock.add(len(payload)))
+
+            def again() -> None:
+                pieces.lose()
+                clock.restart()
+
+            self._exchange(blob, ask, take, lambda: pieces.is_complete, again)
+            file.flush()
+            if not store.keep(blob.digest, file):
+                raise DamagedDelta(f"blob {blob.digest[:16]} arrived with other bytes than its name says")
+        return store.path(blob.digest)
 
     def put(self, data: bytes) -> BlobRef:
         """Store `data` on the broker's machine."""
@@ -99,27 +133,56 @@ class BlobClient:
         finished: Callable[[], bool],
         again: Callable[[], None],
     ) -> None:
-        """Ask and take until finished; after RETRY_SECONDS of silence ask again for what is missing."""
+        """Ask and take until finished; after a cut, or RETRY_SECONDS of silence, ask again for what is missing."""
         heard_at = asked_at = time.monotonic()
+        is_lost = False
         while not finished():
             if self._stopped.is_set():
                 raise RequestRefused(f"blob {blob.digest[:16]}", "the transfer was given up")
-            ask()
-            if self._socket.poll(POLL_MILLISECONDS):
+            is_lost = self._has_reconnected() or is_lost
+            if self._socket.poll(0, zmq.POLLOUT):  # connected
+                if is_lost:
+                    asked_at, is_lost = time.monotonic(), False
+                    again()
+                ask()
+            ready = dict(self._poller.poll(POLL_MILLISECONDS))
+            now = time.monotonic()
+            if self._socket in ready:
                 message, payload = codec.to_blob_client.decode(self._socket.recv_multipart())
                 if getattr(message, "digest", "") != blob.digest:
                     continue  # an answer to an earlier transfer
                 if isinstance(message, messages.BlobRefused):
                     raise RequestRefused(f"blob {blob.digest[:16]}", message.reason)
-                heard_at = time.monotonic()
+                heard_at = now
                 take(message, payload)
-            now = time.monotonic()
-            if now - heard_at > GIVE_UP_SECONDS:
+            if now - heard_at > self._give_up_seconds:
                 raise BrokerUnreachable(self._address, now - heard_at, f"blob {blob.digest[:16]}")
             if now - max(heard_at, asked_at) >= RETRY_SECONDS:
                 asked_at = now
                 again()
 
+    def _has_reconnected(self) -> bool:
+        """Whether there was a new connection since this was asked before."""
+        found = False
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            found = True
+        return found
+
     def _send(self, message: messages.BlobMessage, payload: bytes | memoryview = b"") -> None:
         """Send, waiting for a connection; a broker that is away for long is noticed by whoever waits for the answer."""
         send_or_drop(self._socket, codec.encode(message, payload), POLL_MILLISECONDS)
+
+
+class _Rate:
+    """Bytes per second of a download since its connection was made."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._num_bytes = time.monotonic(), 0
+
+    def add(self, num_bytes: int) -> float:
+        self._num_bytes += num_bytes
+        return self._num_bytes / max(1e-6, time.monotonic() - self._since)

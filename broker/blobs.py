@@ -5,10 +5,13 @@ Invariant: a file under its digest's name is complete and verified; anything els
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 import blake3
 
@@ -65,6 +68,33 @@ class BlobStore:
             return self.path(digest).stat().st_size
         except FileNotFoundError:
             return None
+
+    @contextlib.contextmanager
+    def incoming(self, digest: str) -> Iterator[BinaryIO]:
+        """An open file for a blob that is being received; gone afterwards unless `keep` has named it."""
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=f"{digest[:16]}.", suffix=".partial") as file:
+            yield cast(BinaryIO, file)
+
+    def keep(self, digest: str, file: BinaryIO) -> bool:
+        """Give what was received its name, if its bytes have that digest; otherwise False."""
+        if file_digest(Path(file.name)) != digest:
+            return False
+        os.fsync(file.fileno())
+        named = Path(f"{file.name}.named")
+        os.link(file.name, named)
+        named.replace(self.path(digest))  # of what may bear the name already we do not know whether it is whole
+        return True
+
+    def remove(self, digest: str) -> None:
+        """Forget a blob, if it is there. Whoever is fetching it is told so at its next piece."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def remove_unused(self, before: float) -> None:
+        """Remove blobs that nobody has fetched since `before` (seconds since 1970)."""
+        for path in self._folder.iterdir():
+            with contextlib.suppress(OSError):
+                if path.stat().st_atime < before and path.stat().st_mtime < before:
+                    path.unlink()
 
     def put_chunk(self, digest: str, size: int, offset: int, data: bytes | memoryview) -> tuple[int, bool]:
         """Take a piece of an upload; answers how many bytes are there and whether the blob is stored.

@@ -1,7 +1,8 @@
 """The learner's port over ZeroMQ, blocking.
 
 Invariant: every request may be sent any number of times with the effect of once, so a request without an answer is simply sent again.
-A second connection carries heartbeats from a thread of its own, because the first is silent while the learner computes.
+Publications go over a connection of their own, beside the training loop. A third one carries heartbeats from a thread of its own, because the
+others are silent while the learner computes.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
 
 from broker.blob_client import BlobClient
-from broker.core import LEARNER
+from broker.blobs import BlobStore
+from broker.core import LEARNER, PUBLISHER
 from broker.keys import KeyFile
 from broker.server import make_identity
 from broker.sockets import Channel, client_socket, endpoint, send_or_drop, wait_connected
@@ -52,6 +55,8 @@ class LearnerClient:
             self._socket.close(linger=0)
             self._context.term()
             raise
+        self._publishing = client_socket(self._context, address, Channel.LEARNER, key, make_identity(PUBLISHER, self._session))
+        self._publishing.connect(endpoint(address, Channel.LEARNER))
         self._blobs = BlobClient(self._context, address, key, identity)
         self._activity = _Activity(self._session)
         self._heartbeat = _Heartbeat(self._context, address, key, self._activity)
@@ -67,9 +72,9 @@ class LearnerClient:
             raise IncompatiblePeer(PROTOCOL_VERSION, info.protocol)
         return info
 
-    def fetch(self, blob: BlobRef) -> bytes:
-        """A blob's bytes, verified."""
-        return self._blobs.get(blob)
+    def fetch(self, blob: BlobRef, store: BlobStore) -> Path:
+        """Bring a blob into `store`; its path there."""
+        return self._blobs.get(blob, store)
 
     def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
         self._activity.step = step
@@ -77,7 +82,7 @@ class LearnerClient:
             messages.LearnerHello(PROTOCOL_VERSION, self._session, step, world_size), messages.LearnerWelcome, "the welcome"
         )
 
-    def next_batch(self, step: int) -> ReceivedBatch | None:
+    def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
         self._activity.step = step
         # The commit before goes along with the request: the broker journals both at once, and answers neither before.
         ready = self._exchange(
@@ -85,6 +90,7 @@ class LearnerClient:
             messages.BatchReady,
             f"the batch of step {step}",
             _is_for(step),
+            while_waiting,
             stop_ends=True,
         )
         if ready is None:
@@ -102,7 +108,16 @@ class LearnerClient:
 
     def publish(self, publication: messages.Publish) -> messages.Published:
         step = publication.version.step
-        return self._request(publication, messages.Published, f"the publication of step {step}", _is_for(step))
+        found = self._exchange(
+            [publication],
+            messages.Published,
+            f"the publication of step {step}",
+            _is_for(step),
+            stop_ends=False,
+            socket=self._publishing,
+        )
+        assert found is not None
+        return found
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
         request = messages.Evaluation(step, reward, num_prompts)
@@ -118,6 +133,7 @@ class LearnerClient:
     def close(self) -> None:
         self._heartbeat.stop()
         self._blobs.close()
+        self._publishing.close(linger=200)
         self._socket.close(linger=200)
         self._context.term()
 
@@ -133,7 +149,7 @@ class LearnerClient:
             for ticket in wanted[: GROUP_CREDIT - len(asked)]:
                 self._send(messages.GetGroup(ticket))
                 asked.add(ticket)
-            received = self._receive(RESEND_SECONDS, "groups", heard_at)
+            received = self._receive(self._socket, "groups", heard_at)
             if received is None:
                 asked.clear()
                 continue
@@ -161,18 +177,22 @@ class LearnerClient:
         answer: type[R],
         waiting_for: str,
         fits: Callable[[R], bool] | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
         *,
         stop_ends: bool,
+        socket: zmq.Socket[Any] | None = None,
     ) -> R | None:
         """Send `requests`, again and again, until an `answer` comes. With `stop_ends`, None once the broker says stop."""
+        socket = socket or self._socket
         sent_at = float("-inf")
         heard_at = time.monotonic()
         while not (stop_ends and self._stop is not None):
             if time.monotonic() - sent_at >= RESEND_SECONDS:
                 for request in requests:
-                    self._send(request)
+                    send_or_drop(socket, codec.encode(request))
                 sent_at = time.monotonic()
-            received = self._receive(RESEND_SECONDS, waiting_for, heard_at)
+            while_waiting()
+            received = self._receive(socket, waiting_for, heard_at)
             if received is not None:
                 heard_at = time.monotonic()
                 message, _ = received
@@ -195,11 +215,11 @@ class LearnerClient:
             case messages.BatchPending():
                 self._activity.waiting_for = message.waiting_for
 
-    def _receive(self, seconds: float, waiting_for: str, heard_at: float) -> tuple[messages.ToLearner, bytes | memoryview] | None:
-        """The next message within `seconds`. Raises BrokerUnreachable once the broker has been silent for too long."""
-        if self._socket.poll(int(seconds * 1000)):
+    def _receive(self, socket: zmq.Socket[Any], waiting_for: str, heard_at: float) -> tuple[messages.ToLearner, bytes | memoryview] | None:
+        """The next message within RESEND_SECONDS. Raises BrokerUnreachable once the broker has been silent for too long."""
+        if socket.poll(int(RESEND_SECONDS * 1000)):
             try:
-                return codec.to_learner.decode(self._socket.recv_multipart())
+                return codec.to_learner.decode(socket.recv_multipart())
             except MalformedFrame as error:
                 log.warning("ignored a message of the broker: %s", error)
                 return messages.Committed(0), b""  # it was heard, and said nothing that is waited for
