@@ -5,7 +5,7 @@ Invariant: a folder under its final name is complete; it gets that name by a ren
     step-00000050/
         policy/                    config, tokenizer and fp32 weights, a Hugging Face folder that from_pretrained loads
         optimizer.safetensors      AdamW's moments, named after the parameters
-        published.safetensors      the snapshot file of the bits published last
+        published/                 the bits published last, a file for each rank; only if they are not those of the policy, rounded
         state.json                 step, run, and the version published last
 """
 
@@ -20,11 +20,14 @@ import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
-from learner.publish import Published
-from protocol.delta import apply_file, encode_snapshot
+from learner.model import published_weights
+from learner.publish import Published, share_of
+from learner.ranks import Ranks
+from protocol import safetensors_file
 from protocol.errors import CheckpointError
-from protocol.weights import PolicyVersion
+from protocol.weights import PolicyVersion, Weights, root_hash
 
+PUBLISHED = "published"
 NUM_KEPT = 3
 """Older checkpoints are removed."""
 
@@ -35,23 +38,36 @@ class CheckpointState(msgspec.Struct, frozen=True):
     run: str
     step: int
     version: PolicyVersion
-    bytes_since_snapshot: int
 
 
-def save_checkpoint(folder: Path, run: str, step: int, trainer: Any, published: Published, tokenizer: Any) -> Path:
-    """Write the checkpoint of theta_step below `folder` and remove old ones."""
+def save_checkpoint(
+    folder: Path, run: str, step: int, published_step: int, trainer: Any, published: Published, tokenizer: Any, ranks: Ranks
+) -> None:
+    """Write the checkpoint of theta_step below `folder` and remove old ones; called on every rank, done when it returns.
+
+    `published_step` is the step of the version published last.
+    """
     final = folder / f"step-{step:08d}"
-    if final.exists():
-        return final
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if ranks.rank == 0 and not final.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / PUBLISHED).mkdir(parents=True)
+    if ranks.broadcast(bytes([final.exists()]) if ranks.rank == 0 else None) == b"\x01":
+        return
+    if published_step != step:
+        path = partial / PUBLISHED / f"rank-{ranks.rank:04d}.safetensors"
+        path.write_bytes(safetensors_file.serialize(published.weights, {}))
+    ranks.barrier()
+    if ranks.rank == 0:
+        _finish(folder, partial, final, CheckpointState(run, step, published.version), trainer, tokenizer)
+    ranks.barrier()
+
+
+def _finish(folder: Path, partial: Path, final: Path, state: CheckpointState, trainer: Any, tokenizer: Any) -> None:
+    """Rank 0: what all ranks have in common, then the name."""
     trainer.model.save_pretrained(partial / "policy")
     tokenizer.save_pretrained(partial / "policy")
     save_file(_moments(trainer), partial / "optimizer.safetensors")
-    snapshot = encode_snapshot(run, published.weights, published.version)
-    (partial / "published.safetensors").write_bytes(snapshot)
-    state = CheckpointState(run, step, published.version, published.bytes_since_snapshot)
     (partial / "state.json").write_bytes(msgspec.json.encode(state))
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
@@ -61,7 +77,6 @@ def save_checkpoint(folder: Path, run: str, step: int, trainer: Any, published: 
         removing = old.with_name(f".{old.name}.removing")
         old.rename(removing)
         shutil.rmtree(removing)
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -80,12 +95,19 @@ def load_state(checkpoint: Path, run: str) -> CheckpointState:
     return state
 
 
-def load_published(checkpoint: Path, state: CheckpointState) -> Published:
-    """The bits published last before the checkpoint, verified. Raises CheckpointError, DamagedDelta or RootMismatch."""
-    header, weights = apply_file((checkpoint / "published.safetensors").read_bytes(), None, "")
-    if header.new_root != state.version.root:
+def load_published(checkpoint: Path, state: CheckpointState, model: Any, rank: int, world_size: int) -> Published:
+    """A rank's share of the bits published last before the checkpoint; rank 0 verifies the whole. Raises CheckpointError or DamagedDelta.
+
+    `model` has the checkpoint's weights.
+    """
+    weights: Weights = {}
+    for path in sorted((checkpoint / PUBLISHED).glob("*.safetensors")):
+        weights |= safetensors_file.deserialize(path.read_bytes())[1]
+    weights = weights or published_weights(model)
+    if rank == 0 and root_hash(weights) != state.version.root:
         raise CheckpointError(f"checkpoint {checkpoint} contradicts itself: its published weights are not those of its state. Remove it.")
-    return Published(state.version, weights, state.bytes_since_snapshot)
+    names = share_of({name: tensor.bits.nbytes for name, tensor in weights.items()}, rank, world_size)
+    return Published(state.version, {name: weights[name] for name in names})
 
 
 def load_optimizer(checkpoint: Path, trainer: Any) -> None:

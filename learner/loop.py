@@ -18,11 +18,13 @@ import torch
 from learner import checkpoint
 from learner.batch import Batch, make_batch
 from learner.evaluate import evaluate
-from learner.model import load_model, published_weights
+from learner.model import load_model
 from learner.publish import Published, Publisher
 from learner.ranks import Ranks
 from learner.step import Trainer
+from protocol.base import WEIGHTS_SUFFIX, base_root
 from protocol.config import Config
+from protocol.errors import WeightsError
 from protocol.messages import LearnerWelcome
 from protocol.ports import LearnerPort, ReceivedBatch
 from tasks.base import Task
@@ -55,8 +57,10 @@ class Learner:
         port: LearnerPort | None,
         device: torch.device,
         monotonic: Callable[[], float] = time.monotonic,
+        *,
+        beside: bool = True,
     ) -> None:
-        """Load the policy, or the newest checkpoint below `folder`."""
+        """Load the policy (a folder), or the newest checkpoint below `folder`. `beside` is False where the port belongs to this thread."""
         self._config, self._pacing = config, config.pacing
         self._run, self._folder = run, folder
         self._task, self._tokenizer, self._stop_ids = task, tokenizer, stop_ids
@@ -72,7 +76,9 @@ class Learner:
         self._published: Published | None = None
         if self._checkpoint and state:
             checkpoint.load_optimizer(self._checkpoint, self._trainer)
-            self._published = checkpoint.load_published(self._checkpoint, state)
+            self._published = checkpoint.load_published(self._checkpoint, state, model, ranks.rank, ranks.world_size)
+        self._published_step = state.version.step if state else -1
+        self._policy, self._beside = Path(policy), beside
         self._publisher: Publisher | None = None
         self._busy_since = self._busy = 0.0
 
@@ -86,9 +92,7 @@ class Learner:
           waits for:    the broker to journal each
         """
         started = self._monotonic()
-        if self._port is not None:
-            welcome = self._join(self._port)
-            self._publisher = Publisher(self._port, welcome, self._published)
+        self._publisher = self._make_publisher()
         if self._published is None:
             self._publish(0)
             self._evaluate()
@@ -111,6 +115,28 @@ class Learner:
         self._leave(started)
         return finished
 
+    def _make_publisher(self) -> Publisher:
+        return Publisher(
+            self._trainer.model,
+            self._ranks,
+            self._port,
+            self._join(self._port) if self._port is not None else None,
+            self._published,
+            self._base_root,
+            compact=self._config.learner.compact_deltas,
+            threads=self._config.learner.threads,
+            beside=self._beside,
+            monotonic=self._monotonic,
+        )
+
+    def _base_root(self) -> str:
+        """The root of the policy's files rounded to bf16; empty if they are not all floats in safetensors."""
+        try:
+            return base_root(list(self._policy.glob(f"*{WEIGHTS_SUFFIX}")))
+        except WeightsError as error:
+            log.info("the first version will be a snapshot: %s", error)
+            return ""
+
     def _join(self, port: LearnerPort) -> LearnerWelcome:
         welcome = port.join(self.step, self._ranks.world_size)
         if self._checkpoint:
@@ -123,13 +149,17 @@ class Learner:
         waited_from = self._monotonic()
         if self._port is not None:
             self._rest()
-            received = self._port.next_batch(self.step)
+            received = self._port.next_batch(self.step, self._check)
             data = msgspec.msgpack.encode(_Delivery(True) if received is None else _Delivery(False, *received))
         delivery = msgspec.msgpack.decode(self._ranks.broadcast(data), type=_Delivery)
         self._waited = self._monotonic() - waited_from
         if delivery.stop:
             return None
         return make_batch(ReceivedBatch(delivery.number, delivery.payloads, delivery.version_steps), self._config.loss)
+
+    def _check(self) -> None:
+        if self._publisher is not None:
+            self._publisher.check()
 
     def _take_step(self, batch: Batch) -> None:
         """One optimizer step and what follows from it."""
@@ -152,12 +182,13 @@ class Learner:
         return every > 0 and self.step > 0 and self.step % every == 0
 
     def _publish(self, step: int) -> dict[str, float]:
-        if self._publisher is None:
-            return {}
+        """Hand theta_step to the publisher; what it holds the loop up for is in the metrics, what it does beside in the journal's versions."""
+        assert self._publisher is not None
         started = self._monotonic()
         self._work(f"publishing step {step}")
-        metrics = self._publisher.publish(step, published_weights(self._trainer.model))
-        return metrics | {"seconds_publishing": self._monotonic() - started}
+        self._publisher.publish(step)
+        self._published_step = step
+        return {"seconds_publishing": self._monotonic() - started}
 
     def _evaluate(self) -> None:
         self._work(f"evaluating step {self.step}")
@@ -175,15 +206,28 @@ class Learner:
             self._port.evaluated(self.step, reward, count)
 
     def _save(self) -> None:
-        """Rank 0 writes a checkpoint; the others wait, so that all resume from the same one."""
-        if self._publisher is not None and self._publisher.published is not None and self.step > 0:
-            self._work(f"writing the checkpoint of step {self.step}")
-            assert self._port is not None
+        """All ranks write a checkpoint, so that all resume from the same one."""
+        assert self._publisher is not None
+        self._publisher.flush()
+        if self._publisher.published is None or self.step == 0:
+            return
+        self._work(f"writing the checkpoint of step {self.step}")
+        if self._port is not None:
             self._port.confirm()  # a checkpoint ahead of the journal could not be resumed from
-            checkpoint.save_checkpoint(self._folder, self._run, self.step, self._trainer, self._publisher.published, self._tokenizer)
-        self._ranks.barrier()
+        checkpoint.save_checkpoint(
+            self._folder,
+            self._run,
+            self.step,
+            self._published_step,
+            self._trainer,
+            self._publisher.published,
+            self._tokenizer,
+            self._ranks,
+        )
 
     def _leave(self, started: float) -> None:
+        assert self._publisher is not None
+        self._publisher.close()
         if self._port is not None:
             self._rest()
             elapsed = self._monotonic() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +19,46 @@ def load_model(path: str | Path, device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
 
 
+class Rounded(NamedTuple):
+    """Parameters rounded to bf16, on their device; `ready` is recorded there when they are."""
+
+    tensors: dict[str, torch.Tensor]
+    ready: torch.cuda.Event | None
+
+    def bits(self) -> Weights:
+        """Their bits in memory. May be called from any thread: on an accelerator the copy has a stream of its own beside the next step."""
+        if self.ready is None:
+            return {name: _bits(tensor) for name, tensor in self.tensors.items()}
+        with torch.cuda.stream(torch.cuda.Stream(self._device())):  # type: ignore[no-untyped-call]
+            self.ready.wait()
+            return {name: _bits(tensor.cpu()) for name, tensor in self.tensors.items()}
+
+    def _device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+
+def round_weights(model: Any, names: list[str] | None = None) -> Rounded:
+    """The parameters `names` (all by default, shared ones once), copied and rounded to nearest even: the same bits on every device."""
+    wanted = None if names is None else set(names)
+    tensors = {
+        name: parameter.detach().to(torch.bfloat16, copy=True).contiguous()
+        for name, parameter in model.named_parameters()
+        if wanted is None or name in wanted
+    }
+    ready = None
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+    return Rounded(tensors, ready)
+
+
 def published_weights(model: Any) -> Weights:
-    """Every parameter, shared ones once, rounded to bf16 (nearest even: the same bits on every device)."""
-    weights: Weights = {}
-    for name, parameter in model.named_parameters():
-        rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
-        bits = rounded.view(torch.int16).numpy().reshape(-1).view(np.uint16).copy()
-        weights[name] = Tensor("BF16", tuple(parameter.shape), bits)
-    return weights
+    """The bits of every parameter, shared ones once, rounded to bf16."""
+    return round_weights(model).bits()
+
+
+def _bits(tensor: torch.Tensor) -> Tensor:
+    return Tensor("BF16", tuple(tensor.shape), tensor.view(torch.int16).numpy().reshape(-1).view(np.uint16))
 
 
 def completion_logprobs(model: Any, batch: Microbatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

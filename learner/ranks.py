@@ -25,6 +25,9 @@ class Ranks(Protocol):
     def barrier(self) -> None:
         """Wait for all ranks."""
 
+    def gather(self, data: bytes) -> list[bytes] | None:
+        """Every rank's bytes on rank 0, None elsewhere. For one thread beside the one that makes all other calls."""
+
 
 class OneRank:
     """A learner of one process without torch.distributed."""
@@ -42,6 +45,9 @@ class OneRank:
     def barrier(self) -> None:
         pass
 
+    def gather(self, data: bytes) -> list[bytes] | None:
+        return [data]
+
 
 class TorchRanks:
     """Ranks under torchrun, by torch.distributed."""
@@ -51,6 +57,7 @@ class TorchRanks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Rank 0 may wait long for a batch while the others wait for rank 0; the broker's heartbeats find a dead learner much sooner.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
+        self._side = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.rank, self.world_size, self._device = dist.get_rank(), dist.get_world_size(), device
 
     def broadcast(self, data: bytes | None) -> bytes:
@@ -68,6 +75,21 @@ class TorchRanks:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def gather(self, data: bytes) -> list[bytes] | None:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._side)
+        if self.rank:
+            if data:
+                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=self._side)
+            return None
+        found = [data]
+        for rank in range(1, self.world_size):
+            buffer = torch.empty(int(sizes[rank]), dtype=torch.uint8)
+            if buffer.numel():
+                dist.recv(buffer, rank, group=self._side)
+            found.append(buffer.numpy().tobytes())
+        return found
 
     def close(self) -> None:
         """Leave the process group."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from learner.batch import Batch, Sequence
+from learner.ranks import Ranks
 
 VOCABULARY = 29
 
@@ -83,3 +86,68 @@ def make_training_batch() -> Callable[..., Batch]:
         return Batch(number, sequences, tickets, [0] * groups, {})
 
     return make
+
+
+DEADLINE = 60.0
+
+
+class _Meeting:
+    """Where the threads of a group meet: each leaves something and takes all of it along."""
+
+    def __init__(self, size: int) -> None:
+        self._left: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size, timeout=DEADLINE)
+        self.abort = self._barrier.abort
+
+    def exchange(self, rank: int, thing: Any) -> list[Any]:
+        self._left[rank] = thing
+        self._barrier.wait()
+        found = list(self._left)
+        self._barrier.wait()
+        return found
+
+
+class ThreadRanks:
+    """Ranks that are threads of one process. Gathering has a meeting of its own, as it may run beside all else."""
+
+    def __init__(self, rank: int, world_size: int, main: _Meeting, side: _Meeting) -> None:
+        self.rank, self.world_size, self._main, self._side = rank, world_size, main, side
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        found: bytes = self._main.exchange(self.rank, data)[0]
+        return found
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self._main.exchange(self.rank, tensor.clone())))
+
+    def barrier(self) -> None:
+        self._main.exchange(self.rank, None)
+
+    def gather(self, data: bytes) -> list[bytes] | None:
+        found = self._side.exchange(self.rank, data)
+        return None if self.rank else found
+
+
+@pytest.fixture
+def on_ranks() -> Callable[..., list[Any]]:
+    """Calls a function once for each rank, all at once, and returns what each call did."""
+
+    def call(world_size: int, function: Callable[[Ranks], Any]) -> list[Any]:
+        meetings = _Meeting(world_size), _Meeting(world_size)
+
+        def guarded(ranks: ThreadRanks) -> Any:
+            try:
+                return function(ranks)
+            except BaseException:
+                for meeting in meetings:
+                    meeting.abort()
+                raise
+
+        with ThreadPoolExecutor(world_size) as pool:
+            calls = [pool.submit(guarded, ThreadRanks(rank, world_size, *meetings)) for rank in range(world_size)]
+        failures = [found for call in calls if (found := call.exception()) is not None]
+        for failure in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise failure
+        return [call.result() for call in calls]
+
+    return call

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from learner.checkpoint import NUM_KEPT, list_checkpoints, load_optimizer, load_published, load_state, save_checkpoint
+from learner.checkpoint import NUM_KEPT, PUBLISHED, list_checkpoints, load_optimizer, load_published, load_state, save_checkpoint
 from learner.model import load_model, published_weights
-from learner.publish import Published
-from learner.ranks import OneRank
+from learner.publish import Published, share_of
+from learner.ranks import OneRank, Ranks
 from learner.step import Trainer
 from learner.supervised import character_tokenizer
+from protocol import safetensors_file
 from protocol.config import LearnerConfig, LossConfig
-from protocol.errors import CheckpointError, SlipstreamError
-from protocol.weights import PolicyVersion, root_hash
+from protocol.errors import CheckpointError, DamagedDelta
+from protocol.weights import PolicyVersion, Tensor, Weights, root_hash
 
 CONFIG = LearnerConfig(lr=1e-2, schedule="cosine", warmup_steps=1, weight_decay=0.01)
 TOKENIZER = character_tokenizer(["0123456789+-*/= abcdefghi"])
@@ -29,7 +30,22 @@ def make_trainer(model: Any, loss: LossConfig | None = None) -> Trainer:
 
 def publication(model: Any, step: int, number: int = 0) -> Published:
     weights = published_weights(model)
-    return Published(PolicyVersion(number, step, 0, root_hash(weights)), weights, 1234)
+    return Published(PolicyVersion(number, step, 0, root_hash(weights)), weights)
+
+
+def save(folder: Path, step: int, trainer: Trainer, published: Published, tokenizer: Any = TOKENIZER, run: str = "run") -> Path:
+    """The checkpoint of a learner of one rank."""
+    save_checkpoint(folder, run, step, published.version.step, trainer, published, tokenizer, OneRank())
+    return folder / f"step-{step:08d}"
+
+
+def restore(checkpoint: Path, rank: int = 0, world_size: int = 1) -> Published:
+    model = load_model(checkpoint / "policy", torch.device("cpu"))
+    return load_published(checkpoint, load_state(checkpoint, "run"), model, rank, world_size)
+
+
+def sizes_of(weights: Weights) -> dict[str, int]:
+    return {name: tensor.bits.nbytes for name, tensor in weights.items()}
 
 
 def bits(model: Any) -> dict[str, torch.Tensor]:
@@ -53,7 +69,7 @@ def test_a_resumed_learner_goes_on_bit_for_bit(tie: bool, tmp_path: Path, make_l
     trainer = make_trainer(make_llama(tie=tie))
     for step in range(2):
         trainer.apply(batches[step], step)
-    checkpoint = save_checkpoint(tmp_path, "run", 2, trainer, publication(trainer.model, 2), TOKENIZER)
+    checkpoint = save(tmp_path, 2, trainer, publication(trainer.model, 2))
     uninterrupted = [trainer.apply(batches[step], step) for step in (2, 3)]
 
     other = resumed(checkpoint)
@@ -72,7 +88,7 @@ def test_a_learner_resumed_in_the_middle_of_a_reused_batch_goes_on_bit_for_bit(
     trainer = make_trainer(make_llama(), loss)
     for step in range(2):
         trainer.apply(batch, step)
-    checkpoint = save_checkpoint(tmp_path, "run", 2, trainer, publication(trainer.model, 2), TOKENIZER)
+    checkpoint = save(tmp_path, 2, trainer, publication(trainer.model, 2))
     for step in (2, 3):
         trainer.apply(batch, step)
 
@@ -88,36 +104,150 @@ def test_saving_does_not_disturb_the_run(tmp_path: Path, make_llama: Any, make_t
         batch = make_training_batch(step)
         with_saving.apply(batch, step)
         without.apply(batch, step)
-        save_checkpoint(tmp_path, "run", step + 1, with_saving, publication(with_saving.model, step + 1), TOKENIZER)
+        save(tmp_path, step + 1, with_saving, publication(with_saving.model, step + 1))
     assert_same_bits(bits(with_saving.model), bits(without.model))
+
+
+# --- the bits published last
 
 
 def test_published_bits_come_back_with_the_same_root(tmp_path: Path, make_llama: Any, make_training_batch: Any) -> None:
     trainer = make_trainer(make_llama())
     published = publication(trainer.model, 0, number=7)
     trainer.apply(make_training_batch(), 0)
-    checkpoint = save_checkpoint(tmp_path, "run", 1, trainer, published, TOKENIZER)
-    found = load_published(checkpoint, load_state(checkpoint, "run"))
+    checkpoint = save(tmp_path, 1, trainer, published)
+    found = restore(checkpoint)
     assert found.version == published.version
-    assert found.bytes_since_snapshot == 1234
     assert root_hash(found.weights) == published.version.root
     assert root_hash(published_weights(trainer.model)) != published.version.root
 
 
-def test_damaged_published_bits_are_refused(tmp_path: Path, make_llama: Any, make_training_batch: Any) -> None:
-    checkpoint = saved(tmp_path, 1, make_llama, make_training_batch)
-    path = checkpoint / "published.safetensors"
-    data = bytearray(path.read_bytes())
+def test_bits_that_the_policys_own_weights_give_are_not_stored_beside_them(
+    tmp_path: Path, make_llama: Any, make_training_batch: Any
+) -> None:
+    trainer = make_trainer(make_llama())
+    trainer.apply(make_training_batch(), 0)
+    published = publication(trainer.model, 1, number=4)
+    checkpoint = save(tmp_path, 1, trainer, published)
+    assert list((checkpoint / PUBLISHED).iterdir()) == []
+    found = restore(checkpoint)
+    assert found.version == published.version
+    assert root_hash(found.weights) == published.version.root
+
+
+def checkpoint_of_ranks(
+    folder: Path, world_size: int, published_step: int, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> Path:
+    """A checkpoint of step 1 that so many ranks wrote together; version 7 was published at `published_step`."""
+    trainer = make_trainer(make_llama())
+    before = publication(trainer.model, 0, number=7)
+    trainer.apply(make_training_batch(), 0)
+    published = publication(trainer.model, 1, number=7) if published_step == 1 else before
+
+    def write(ranks: Ranks) -> None:
+        names = share_of(sizes_of(published.weights), ranks.rank, ranks.world_size)
+        # Only rank 0 knows the version; the others hold their share of the bits.
+        version = published.version if ranks.rank == 0 else PolicyVersion(-1, -1, -1, "")
+        share = Published(version, {name: published.weights[name] for name in names})
+        save_checkpoint(folder, "run", 1, published_step, trainer, share, TOKENIZER, ranks)
+        assert len(list_checkpoints(folder)) == 1, "returned before it was done"
+
+    on_ranks(world_size, write)
+    (checkpoint,) = list_checkpoints(folder)
+    return checkpoint
+
+
+@pytest.mark.parametrize("published_step", [0, 1])
+@pytest.mark.parametrize("written_by", [1, 2, 3, 40])
+def test_any_number_of_ranks_takes_over_from_any_other(
+    written_by: int, published_step: int, tmp_path: Path, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> None:
+    checkpoint = checkpoint_of_ranks(tmp_path, written_by, published_step, make_llama, make_training_batch, on_ranks)
+    assert len(list((checkpoint / PUBLISHED).iterdir())) == (0 if published_step == 1 else written_by)
+    root = load_state(checkpoint, "run").version.root
+    for world_size in (1, 2, 3, 40):
+        shares = [restore(checkpoint, rank, world_size) for rank in range(world_size)]
+        assert {share.version for share in shares} == {PolicyVersion(7, published_step, 0, root)}
+        whole = {name: tensor for share in shares for name, tensor in share.weights.items()}
+        assert sum(len(share.weights) for share in shares) == len(whole)
+        assert root_hash(whole) == root
+        # Each rank has the share that a publisher of that many ranks diffs.
+        for rank, share in enumerate(shares):
+            assert set(share.weights) == set(share_of(sizes_of(whole), rank, world_size))
+
+
+def test_a_checkpoint_that_exists_already_is_left_alone_by_all_ranks(
+    tmp_path: Path, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> None:
+    checkpoint = checkpoint_of_ranks(tmp_path, 2, 0, make_llama, make_training_batch, on_ranks)
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    checkpoint_of_ranks(tmp_path, 3, 1, make_llama, make_training_batch, on_ranks)
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+
+
+def test_what_more_ranks_left_of_an_interrupted_checkpoint_does_not_get_into_a_later_one(
+    tmp_path: Path, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> None:
+    stale = tmp_path / ".step-00000001.partial" / PUBLISHED
+    stale.mkdir(parents=True)
+    (stale / "rank-0002.safetensors").write_bytes(b"of another world size")
+    checkpoint = checkpoint_of_ranks(tmp_path, 2, 0, make_llama, make_training_batch, on_ranks)
+    assert [path.name for path in sorted((checkpoint / PUBLISHED).iterdir())] == ["rank-0000.safetensors", "rank-0001.safetensors"]
+    restore(checkpoint)
+
+
+def flip_the_last_bit(files: list[Path]) -> None:
+    data = bytearray(files[-1].read_bytes())
     data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(SlipstreamError):
-        load_published(checkpoint, load_state(checkpoint, "run"))
+    files[-1].write_bytes(bytes(data))
+
+
+def cut_one_short(files: list[Path]) -> None:
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+
+
+def lose_one(files: list[Path]) -> None:
+    files[1].unlink()
+
+
+def lose_all(files: list[Path]) -> None:
+    for path in files:
+        path.unlink()
+
+
+def exchange_contents_of_a_tensor(files: list[Path]) -> None:
+    _, tensors = safetensors_file.deserialize(files[0].read_bytes())
+    name = next(iter(tensors))
+    bits = tensors[name].bits[::-1].copy()
+    files[0].write_bytes(safetensors_file.serialize(tensors | {name: Tensor("BF16", tensors[name].shape, bits)}, {}))
+
+
+@pytest.mark.parametrize("harm", [flip_the_last_bit, cut_one_short, lose_one, lose_all, exchange_contents_of_a_tensor])
+def test_published_bits_that_contradict_the_state_are_refused(
+    harm: Any, tmp_path: Path, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> None:
+    checkpoint = checkpoint_of_ranks(tmp_path, 3, 0, make_llama, make_training_batch, on_ranks)
+    harm(sorted((checkpoint / PUBLISHED).iterdir()))
+    with pytest.raises((CheckpointError, DamagedDelta)):
+        restore(checkpoint, 0, 2)
+
+
+def test_a_policy_that_does_not_give_the_version_of_the_state_is_refused(
+    tmp_path: Path, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> None:
+    checkpoint = checkpoint_of_ranks(tmp_path, 2, 1, make_llama, make_training_batch, on_ranks)
+    make_llama(seed=9).save_pretrained(checkpoint / "policy")
+    with pytest.raises(CheckpointError, match="contradicts itself"):
+        restore(checkpoint)
+
+
+# --- whose they are, and completeness
 
 
 def saved(folder: Path, step: int, make_llama: Any, make_training_batch: Any, run: str = "run") -> Path:
     trainer = make_trainer(make_llama())
     trainer.apply(make_training_batch(groups=1, group_size=2), 0)
-    return save_checkpoint(folder, run, step, trainer, publication(trainer.model, step), TOKENIZER)
+    return save(folder, step, trainer, publication(trainer.model, step), run=run)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, make_llama: Any, make_training_batch: Any) -> None:
@@ -165,10 +295,10 @@ def test_a_checkpoint_that_was_interrupted_is_not_listed_and_does_not_stand_in_t
     trainer = make_trainer(make_llama())
     trainer.apply(make_training_batch(), 0)
     with pytest.raises(Interrupted):
-        save_checkpoint(tmp_path, "run", 1, trainer, publication(trainer.model, 1), FailingTokenizer())
+        save(tmp_path, 1, trainer, publication(trainer.model, 1), FailingTokenizer())
     assert list(tmp_path.iterdir())
     assert list_checkpoints(tmp_path) == []
-    checkpoint = save_checkpoint(tmp_path, "run", 1, trainer, publication(trainer.model, 1), TOKENIZER)
+    checkpoint = save(tmp_path, 1, trainer, publication(trainer.model, 1))
     assert list_checkpoints(tmp_path) == [checkpoint]
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
