@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.weights import PolicyVersion, Weights
+from actor.shadow import StagedWeights
 
 
 class GenerationRequest(NamedTuple):
@@ -34,6 +34,13 @@ class Completion(NamedTuple):
     finish: int
 
 
+class Pause(NamedTuple):
+    """What an update cost, in seconds: generation `stopped` for so long, `writing` of which weights were written."""
+
+    stopped: float
+    writing: float
+
+
 class Engine(Protocol):
     """Generates groups from weights that are replaced while it runs. All methods belong to one event loop."""
 
@@ -53,8 +60,11 @@ class Engine(Protocol):
     def busy_seconds(self) -> float:
         """Seconds spent generating so far."""
 
-    async def update(self, version: PolicyVersion, weights: Weights) -> None:
-        """Sample from `weights` from the next token on. Raises RootMismatch, after which nothing is generated until an update succeeds."""
+    async def update(self, staged: StagedWeights) -> Pause:
+        """Sample from these weights from the next token on; they may change once this has returned.
+
+        Raises WeightsError or EngineError, after which nothing is generated until an update of everything (`staged.whole()`) succeeds.
+        """
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """The completions of one group. Raises EngineError."""

@@ -8,22 +8,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from actor.engine import Completion, Engine, GenerationRequest
+from actor.shadow import StagedWeights
 from actor.weights import HeldWeights
 from protocol.config import RolloutConfig
 from protocol.errors import EngineError, TaskError, WeightsError
 from protocol.groups import Group
-from protocol.messages import ActorReport, WireTicket
+from protocol.messages import ActorReport, NamedBlob, WireTicket
 from protocol.ports import ActorPort
 from tasks.base import Problem, Task
 from tasks.prompts import Tokenizer, encode_prompt
 from tasks.scoring import fetch_problem, score
 
 log = logging.getLogger("actor")
+MAX_FAILURES = 3
+"""Times in a row that weights are fetched anew because the engine cannot take them, before the process ends and is started again."""
 
 
 class Actor:
@@ -38,11 +41,12 @@ class Actor:
         tokenizer: Tokenizer,
         stop_ids: tuple[int, ...],
         rollout: RolloutConfig,
+        policy_files: Sequence[NamedBlob],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._port, self._engine, self._task = name, port, engine, task
         self._tokenizer, self._stop_ids, self._rollout = tokenizer, stop_ids, rollout
-        self._weights = HeldWeights(port)
+        self._weights = HeldWeights(port, policy_files)
         self._sampling_version = -1
         self._serving: set[int] = set()
         self._monotonic = monotonic
@@ -69,8 +73,11 @@ class Actor:
                 await asyncio.wait(workers)
                 updates.cancel()
         finally:
-            await self._port.leave()
-            await self._engine.close()
+            try:
+                await self._port.leave()
+            finally:
+                self._weights.drop()
+                await self._engine.close()
 
     async def _keep_up(self) -> None:
         """The update loop.
@@ -81,18 +88,38 @@ class Actor:
         produces:     verified weights in the engine, and a report that says so
           waits for:    the engine to reach the next token
         """
+        failures = 0
         while await self._port.new_version(self._weights.number) is not None:
-            found = await self._weights.advance()
-            if found is None:
+            if failures >= MAX_FAILURES:
+                raise EngineError(f"the engine refused the weights {failures} times in a row; the lines above say why")
+            staged = await self._weights.advance()
+            if staged is None:
                 continue
-            version, weights = found
-            try:
-                await self._engine.update(version, weights)
-            except WeightsError as error:
-                log.warning("the engine refused version %d: %s", version.number, error)
-                await self._engine.update(version, weights)
-            self._sampling_version = version.number
+            if await self._hand_over(staged):
+                self._sampling_version = staged.version.number
+                failures = 0
+            else:
+                self._weights.drop()
+                failures += 1
             self._port.report_now()
+
+    async def _hand_over(self, staged: StagedWeights) -> bool:
+        """Give weights to the engine: what changed, or else everything. Whether it has them now; if not, it generates nothing."""
+        for attempt in (staged, staged.whole()):
+            try:
+                pause = await self._engine.update(attempt)
+            except (WeightsError, EngineError) as error:
+                log.warning("the engine could not take version %d, reloading: %s", staged.version.number, error)
+                self._sampling_version = -1
+                self._port.report_now()
+            else:
+                arrival = self._weights.arrival
+                log.info(
+                    "version %d (step %d): %d B fetched in %.3f s, staged in %.3f s, generation stopped for %.3f s, %.3f s of it writing",
+                    *(staged.version.number, staged.version.step, arrival.num_bytes, arrival.fetching, arrival.staging, *pause),
+                )
+                return True
+        return False
 
     async def _serve(self) -> None:
         """A worker.

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from actor.engine import Completion, GenerationRequest
+from actor.engine import Completion, GenerationRequest, Pause
+from actor.shadow import StagedWeights
 from protocol.errors import EngineError, RootMismatch
 from protocol.groups import FULL, STOPPED
 from protocol.weights import DTYPE_BITS, PolicyVersion, Tensor, Weights, root_hash
@@ -37,14 +38,13 @@ class _Job:
 
 @dataclass(slots=True, eq=False)
 class _Update:
-    version: PolicyVersion
-    weights: Weights
+    staged: StagedWeights
     loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[None]
+    done: asyncio.Future[Pause]
 
-    def settle(self, error: Exception | None) -> None:
+    def settle(self, outcome: Pause | Exception) -> None:
         """Tell whoever waits; called from the engine's thread."""
-        self.loop.call_soon_threadsafe(_settle, self.done, error)
+        self.loop.call_soon_threadsafe(_settle, self.done, outcome)
 
 
 @dataclass(slots=True)
@@ -119,15 +119,15 @@ class TransformersEngine:
         assert job.completions is not None
         return job.completions
 
-    async def update(self, version: PolicyVersion, weights: Weights) -> None:
+    async def update(self, staged: StagedWeights) -> Pause:
         loop = asyncio.get_running_loop()
         overtaken = self._update
         if overtaken is not None:
-            overtaken.settle(EngineError(f"version {overtaken.version.number} was overtaken by version {version.number}"))
-        update = self._update = _Update(version, weights, loop, loop.create_future())
+            overtaken.settle(EngineError(f"version {overtaken.staged.version.number} was overtaken by version {staged.version.number}"))
+        update = self._update = _Update(staged, loop, loop.create_future())
         # Taken between two tokens if a generation is running, otherwise by this call; all in the one thread.
         self._thread.submit(self._take_update)
-        await update.done
+        return await update.done
 
     async def close(self) -> None:
         self._thread.shutdown()
@@ -140,16 +140,19 @@ class TransformersEngine:
         if update is None:
             return False
         self._version = None
+        started = time.monotonic()
         try:
-            self._write(update.weights)
-            found = root_hash(self._live(update.weights))
-            if found != update.version.root:
-                raise RootMismatch(update.version.root, found, f"the engine's parameters at version {update.version.number}")
-            self._version = update.version
+            version, weights = update.staged.version, update.staged.weights
+            self._write(weights)
+            found = root_hash(self._live(weights))
+            if found != version.root:
+                raise RootMismatch(version.root, found, f"the engine's parameters at version {version.number}")
+            self._version = version
         except (RootMismatch, EngineError) as error:
             update.settle(error)
         else:
-            update.settle(None)
+            seconds = time.monotonic() - started
+            update.settle(Pause(seconds, seconds))
         return True
 
     def _write(self, weights: Weights) -> None:
@@ -275,10 +278,10 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(signed.copy()).view(_TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+def _settle(future: asyncio.Future[Pause], outcome: Pause | Exception) -> None:
     if future.done():
         return
-    if error is None:
-        future.set_result(None)
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
     else:
-        future.set_exception(error)
+        future.set_result(outcome)

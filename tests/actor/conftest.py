@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from actor.shadow import StagedWeights
+from protocol import safetensors_file
 from protocol.weights import PolicyVersion, Tensor, Weights, root_hash
 
 VOCABULARY = 23
@@ -77,3 +82,47 @@ def version_of() -> Callable[..., PolicyVersion]:
         return PolicyVersion(number, number, 0, root_hash(weights))
 
     return version
+
+
+@pytest.fixture
+def stage(tmp_path: Path, version_of: Callable[..., PolicyVersion]) -> Callable[..., StagedWeights]:
+    """Weights as the actor hands them to an engine, under their true version if no other is given."""
+
+    def staged(weights: Weights, number: int, version: PolicyVersion | None = None) -> StagedWeights:
+        path = tmp_path / f"staged-{number}.safetensors"
+        path.write_bytes(safetensors_file.serialize(weights, {}))
+        return StagedWeights(version or version_of(weights, number), weights, path, None)
+
+    return staged
+
+
+@pytest.fixture
+def small_folder(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, as /dev/shm may be one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    # Lazily: pages of it may still be mapped by what a failed test left behind.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def fill_up() -> Callable[[Path], Path]:
+    """Takes every byte that a small file system has left."""
+
+    def fill(folder: Path) -> Path:
+        assert os.statvfs(folder).f_blocks * os.statvfs(folder).f_frsize <= 1 << 20, "this is no small file system"
+        ballast = folder / "ballast"
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                return ballast
+
+    return fill

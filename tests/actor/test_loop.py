@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import blake3
 import numpy as np
 import pytest
 
-from actor.engine import Completion, GenerationRequest
-from actor.loop import Actor
+from actor.engine import Completion, GenerationRequest, Pause
+from actor.loop import MAX_FAILURES, Actor
+from actor.shadow import PREFIX, StagedWeights
 from protocol.config import RolloutConfig
-from protocol.delta import encode_snapshot
-from protocol.errors import EngineError, RootMismatch, WeightsError
+from protocol.delta import encode_delta, encode_snapshot
+from protocol.errors import EngineError, RootMismatch, SlipstreamError
 from protocol.groups import FULL, STOPPED, Group, check_group, decode_group, encode_group
 from protocol.messages import ActorReport, Route, WireTicket
+from protocol.safetensors_file import deserialize
 from protocol.weights import BlobRef, PolicyVersion, Tensor, Weights, root_hash
 from tasks.base import Problem
 
@@ -31,10 +35,17 @@ def make_weights(number: int) -> Weights:
     return {"layer": Tensor("BF16", (2, 2), np.full(4, number, np.uint16))}
 
 
-class Port:
-    """A broker in memory: tickets and versions are what the test puts there."""
+def make_version(number: int) -> PolicyVersion:
+    return PolicyVersion(number, number, 0, root_hash(make_weights(number)))
 
-    def __init__(self) -> None:
+
+class Port:
+    """A broker in memory: tickets and versions are what the test puts there. Who holds the version before gets a delta, others a snapshot.
+
+    While `open_from_nothing` is not set, a way from nothing is waited for.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self.newest: PolicyVersion | None = None
         self.stopping = ""
         self.tickets: list[WireTicket] = []
@@ -44,7 +55,13 @@ class Port:
         self.reports: list[ActorReport] = []
         self.left = False
         self.report: Callable[[], ActorReport] | None = None
+        self.asked: list[tuple[int, bool]] = []
+        self.open_from_nothing = asyncio.Event()
+        self.open_from_nothing.set()
+        self._folder = folder
         self._blobs: dict[str, bytes] = {}
+        self._deltas: dict[int, BlobRef] = {}
+        self._snapshot: BlobRef | None = None
         self._changed = asyncio.Condition()
 
     # --- for the test
@@ -54,14 +71,20 @@ class Port:
         async with self._changed:
             self._changed.notify_all()
 
-    async def publish(self, number: int) -> None:
-        weights = make_weights(number)
-        version = PolicyVersion(number, number, 0, root_hash(weights))
-        data = encode_snapshot("run", weights, version)
+    async def publish(self, number: int, *, damaged: bool = False) -> None:
+        version = make_version(number)
+        self._deltas = {}
+        if self.newest is not None:
+            old = self.newest.number
+            data, _ = encode_delta("run", make_weights(old), make_weights(number), make_version(old), version)
+            self._deltas[old] = self._store(data[:-1] if damaged else data)
+        self._snapshot = self._store(encode_snapshot("run", make_weights(number), version))
+        await self.change(lambda: setattr(self, "newest", version))
+
+    def _store(self, data: bytes) -> BlobRef:
         ref = BlobRef(blake3.blake3(data).hexdigest(), len(data))
         self._blobs[ref.digest] = data
-        self._ref = ref
-        await self.change(lambda: setattr(self, "newest", version))
+        return ref
 
     async def issue(self, *tickets: WireTicket) -> None:
         await self.change(lambda: self.tickets.extend(tickets))
@@ -92,7 +115,7 @@ class Port:
         if not self.tickets:
             return None
         ticket = self.tickets.pop(0)
-        self.held.append(ticket.number)
+        await self.change(lambda: self.held.append(ticket.number))
         return ticket
 
     async def new_version(self, held: int) -> PolicyVersion | None:
@@ -110,18 +133,30 @@ class Port:
         self.held.remove(ticket.number)
         await self.change(lambda: self.failures.append((ticket, reason)))
 
-    async def route(self, held: int) -> Route:
-        return Route(held, self.newest, [self._ref] if self.newest and self.newest.number != held else [])
+    async def route(self, held: int, failed: str = "") -> Route:
+        await self.change(lambda: self.asked.append((held, bool(failed))))
+        if held in self._deltas:
+            return Route(held, self.newest, "held", None, [self._deltas[held]])
+        await self.open_from_nothing.wait()
+        return Route(held, self.newest, "snapshot", self._snapshot, [])
 
-    async def fetch(self, blob: BlobRef) -> bytes:
-        return self._blobs[blob.digest]
+    async def fetch(self, blob: BlobRef) -> Path:
+        path = self._folder / blob.digest
+        path.write_bytes(self._blobs[blob.digest])
+        return path
+
+    def forget(self, blob: BlobRef) -> None:
+        (self._folder / blob.digest).unlink()
 
     async def leave(self) -> None:
         self.left = True
 
 
 class CountingEngine:
-    """Completion i of a group spells seed + i in digits; `refusals` updates fail first, and prompts with an "x" cannot be generated."""
+    """Completion i of a group spells seed + i in digits. `refusals` updates fail first; after one, only everything is accepted.
+
+    `updates` are the versions it was given, and whether as a whole; what it was given was the published weights each time.
+    """
 
     name = "counting"
     num_groups_wanted = 2
@@ -129,26 +164,40 @@ class CountingEngine:
 
     def __init__(self, refusals: int = 0) -> None:
         self.requests: list[GenerationRequest] = []
-        self.updates: list[int] = []
+        self.updates: list[tuple[int, bool]] = []
         self.closed = False
         self.num_tokens = 0
         self.error: Exception | None = None
-        self._refusals = refusals
+        self.refusals: list[SlipstreamError] = [RootMismatch("1" * 64, "0" * 64, "here") for _ in range(refusals)]
+        self.may_reload = asyncio.Event()
+        self.may_reload.set()
+        self.reloading = asyncio.Event()
+        self.may_generate = asyncio.Event()
+        self.may_generate.set()
         self._version: PolicyVersion | None = None
 
-    async def update(self, version: PolicyVersion, weights: Weights) -> None:
-        assert root_hash(weights) == version.root
-        self.updates.append(version.number)
-        if self._refusals:
-            self._refusals -= 1
-            raise RootMismatch(version.root, "0" * 64, "here")
+    async def update(self, staged: StagedWeights) -> Pause:
+        version, weights = staged.version, staged.weights
+        assert root_hash(weights) == version.root == make_version(version.number).root
+        assert root_hash(deserialize(staged.path.read_bytes())[1]) == version.root
+        assert staged.changed is None or self._version is not None, "only everything can follow a failure"
+        self.updates.append((version.number, staged.changed is None))
+        if staged.changed is None:
+            self.reloading.set()
+            await self.may_reload.wait()
+        if self.refusals:
+            self._version = None
+            raise self.refusals.pop(0)
         self._version = version
+        return Pause(0.25, 0.125)
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
-        assert self._version is not None
+        await self.may_generate.wait()
+        if self._version is None:
+            raise EngineError("no verified weights")
         completions = []
         for i in range(request.num_completions):
             tokens = [ord(digit) for digit in str(request.seed + i)] + [END]
@@ -210,11 +259,11 @@ class NumberTask:
 
 
 class Fixture:
-    def __init__(self, refusals: int = 0) -> None:
-        self.port, self.engine, self.task = Port(), CountingEngine(refusals), NumberTask()
+    def __init__(self, folder: Path, refusals: int = 0) -> None:
+        self.port, self.engine, self.task = Port(folder), CountingEngine(refusals), NumberTask()
         self.now = 100.0
         rollout = RolloutConfig(group_size=GROUP_SIZE, groups_per_batch=1, max_tokens=5, temperature=0.7)
-        self.actor = Actor("a1", self.port, self.engine, self.task, CharacterTokenizer(), (END,), rollout, lambda: self.now)
+        self.actor = Actor("a1", self.port, self.engine, self.task, CharacterTokenizer(), (END,), rollout, [], lambda: self.now)
         self.port.report = self.actor.report
 
 
@@ -234,14 +283,25 @@ async def running(fixture: Fixture, version: int | None = 0) -> AsyncIterator[as
         run.cancel()
     assert fixture.port.left
     assert fixture.engine.closed
+    assert our_shadows() == []
+
+
+def our_shadows() -> list[Path]:
+    return list(Path("/dev/shm").glob(f"{PREFIX}{os.getpid()}-*"))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Fixture]:
+    """An actor and what is around it; the engine refuses the first `refusals` updates."""
+    return lambda refusals=0: Fixture(tmp_path, refusals)
 
 
 def ticket(number: int = 4, attempt: int = 1, prompt: int = 8, seed: int = 120) -> WireTicket:
     return WireTicket(number, attempt, prompt, seed)
 
 
-async def test_a_ticket_becomes_a_whole_group_with_its_rewards_in_order() -> None:
-    fixture = Fixture()
+async def test_a_ticket_becomes_a_whole_group_with_its_rewards_in_order(make: Any) -> None:
+    fixture = make()
     async with running(fixture, version=6):
         await fixture.port.issue(ticket(attempt=2))
         await fixture.port.until(lambda: bool(fixture.port.groups))
@@ -260,16 +320,16 @@ async def test_a_ticket_becomes_a_whole_group_with_its_rewards_in_order() -> Non
     assert fixture.port.failures == []
 
 
-async def test_the_engine_is_asked_for_what_the_ticket_and_the_rollout_settings_say() -> None:
-    fixture = Fixture()
+async def test_the_engine_is_asked_for_what_the_ticket_and_the_rollout_settings_say(make: Any) -> None:
+    fixture = make()
     async with running(fixture):
         await fixture.port.issue(ticket())
         await fixture.port.until(lambda: bool(fixture.port.groups))
     assert fixture.engine.requests == [GenerationRequest([ord("p"), ord("8")], GROUP_SIZE, 5, 0.7, 120, (END,))]
 
 
-async def test_every_ticket_is_handed_in_exactly_once() -> None:
-    fixture = Fixture()
+async def test_every_ticket_is_handed_in_exactly_once(make: Any) -> None:
+    fixture = make()
     async with running(fixture):
         await fixture.port.issue(*(ticket(number, 1, number, 100 + 10 * number) for number in range(20)))
         await fixture.port.until(lambda: len(fixture.port.groups) == 20)
@@ -290,8 +350,8 @@ async def test_every_ticket_is_handed_in_exactly_once() -> None:
         (1e39, "1e+39"),
     ],
 )
-async def test_a_reward_that_is_no_number_is_a_failure_with_its_reason_and_never_a_group(reward: Any, reason: str) -> None:
-    fixture = Fixture()
+async def test_a_reward_that_is_no_number_is_a_failure_with_its_reason_and_never_a_group(reward: Any, reason: str, make: Any) -> None:
+    fixture = make()
     fixture.task.rewards["121"] = reward
     async with running(fixture):
         given = ticket()
@@ -307,8 +367,8 @@ async def test_a_reward_that_is_no_number_is_a_failure_with_its_reason_and_never
     assert len(fixture.port.failures) == 1
 
 
-async def test_an_engine_that_cannot_generate_is_a_failure_with_its_reason() -> None:
-    fixture = Fixture()
+async def test_an_engine_that_cannot_generate_is_a_failure_with_its_reason(make: Any) -> None:
+    fixture = make()
     fixture.engine.error = EngineError("out of memory")
     async with running(fixture):
         await fixture.port.issue(ticket())
@@ -320,8 +380,8 @@ async def test_an_engine_that_cannot_generate_is_a_failure_with_its_reason() -> 
     assert [group.ticket for group, _ in fixture.port.groups] == [5]
 
 
-async def test_a_prompt_without_tokens_is_a_failure() -> None:
-    fixture = Fixture()
+async def test_a_prompt_without_tokens_is_a_failure(make: Any) -> None:
+    fixture = make()
     async with running(fixture):
         await fixture.port.issue(ticket(prompt=99))
         await fixture.port.until(lambda: bool(fixture.port.failures))
@@ -332,8 +392,8 @@ async def test_a_prompt_without_tokens_is_a_failure() -> None:
 # --- credit, updates, the end
 
 
-async def test_there_is_no_credit_before_the_first_verified_weights() -> None:
-    fixture = Fixture()
+async def test_there_is_no_credit_before_the_first_verified_weights(make: Any) -> None:
+    fixture = make()
     before = fixture.actor.report()
     assert (before.num_wanted, before.version) == (0, -1)
     async with running(fixture, version=None):
@@ -346,54 +406,166 @@ async def test_there_is_no_credit_before_the_first_verified_weights() -> None:
         assert (after.num_wanted, after.version, after.elapsed_seconds, after.busy_seconds) == (2, 3, 7.0, 1.5)
 
 
-async def test_each_version_reaches_the_engine_and_is_reported_at_once() -> None:
-    fixture = Fixture()
+async def test_each_version_reaches_the_engine_and_is_reported_at_once(make: Any) -> None:
+    fixture = make()
     async with running(fixture):
         for number in (1, 4):
             await fixture.port.publish(number)
             await fixture.port.until(lambda number=number: fixture.port.reports[-1].version == number)
-    assert fixture.engine.updates == [0, 1, 4]
+    assert [number for number, _ in fixture.engine.updates] == [0, 1, 4]
     assert [report.version for report in fixture.port.reports] == [0, 1, 4]
 
 
-async def test_an_update_that_the_engine_refuses_once_is_tried_again() -> None:
-    fixture = Fixture(refusals=1)
+async def test_the_engine_is_told_what_changed_where_it_holds_the_version_before(make: Any) -> None:
+    fixture = make()
     async with running(fixture):
-        assert fixture.engine.updates == [0, 0]
-        assert fixture.actor.report().version == 0
+        await fixture.port.publish(1)
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == 1)
+    assert fixture.engine.updates == [(0, True), (1, False)]
+
+
+async def test_groups_are_generated_from_the_version_before_while_the_next_one_is_fetched_anew(make: Any) -> None:
+    """A damaged delta costs a reload and nothing else: the engine is not handed anything, and works on."""
+    fixture = make()
+    async with running(fixture):
+        fixture.port.open_from_nothing.clear()
+        await fixture.port.publish(1, damaged=True)
         await fixture.port.issue(ticket())
         await fixture.port.until(lambda: bool(fixture.port.groups))
+        await fixture.port.until(lambda: (-1, True) in fixture.port.asked)
+        await fixture.port.issue(ticket(5))
+        await fixture.port.until(lambda: len(fixture.port.groups) == 2)
+        report = fixture.actor.report()
+        assert (report.version, report.num_wanted) == (0, 2)
+        assert fixture.engine.updates == [(0, True)]
+        fixture.port.open_from_nothing.set()
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == 1)
+    assert fixture.engine.updates == [(0, True), (1, True)]
+    assert fixture.port.asked == [(-1, False), (0, False), (-1, True)]
+    assert {number for group, _ in fixture.port.groups for number in group.versions.tolist()} == {0}
 
 
-async def test_an_update_that_the_engine_refuses_again_ends_the_actor_which_still_leaves_the_port() -> None:
-    fixture = Fixture(refusals=9)
+async def test_an_update_that_the_engine_refuses_is_followed_by_one_of_everything(make: Any) -> None:
+    fixture = make()
+    async with running(fixture):
+        fixture.engine.refusals.append(RootMismatch("1" * 64, "0" * 64, "here"))
+        await fixture.port.publish(1)
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == 1)
+        assert fixture.engine.updates == [(0, True), (1, False), (1, True)]
+        await fixture.port.issue(ticket())
+        await fixture.port.until(lambda: bool(fixture.port.groups))
+    assert fixture.port.asked == [(-1, False), (0, False)]
+
+
+@pytest.mark.parametrize("error", [RootMismatch("1" * 64, "0" * 64, "here"), EngineError("no memory")], ids=["weights", "engine"])
+async def test_when_everything_is_refused_too_there_is_no_credit_and_the_weights_are_fetched_anew(
+    error: SlipstreamError, make: Any
+) -> None:
+    fixture = make()
+    async with running(fixture):
+        fixture.port.open_from_nothing.clear()
+        fixture.engine.refusals += [error, error]
+        await fixture.port.publish(1)
+        await fixture.port.until(lambda: fixture.port.reports[-1].version != 0)
+        assert (fixture.port.reports[-1].version, fixture.port.reports[-1].num_wanted) == (-1, 0)
+        assert (fixture.actor.report().version, fixture.actor.report().num_wanted) == (-1, 0)
+        assert our_shadows() == []
+        fixture.port.open_from_nothing.set()
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == 1)
+        assert fixture.actor.report().num_wanted == 2
+    assert fixture.engine.updates == [(0, True), (1, False), (1, True), (1, True)]
+    assert fixture.port.asked == [(-1, False), (0, False), (-1, False)]
+
+
+async def test_there_is_no_credit_while_everything_is_reloaded_after_a_refusal(make: Any) -> None:
+    """The engine generates nothing between a refused update and a good one: tickets taken then would fail."""
+    fixture = make()
+    async with running(fixture):
+        fixture.engine.refusals.append(EngineError("no memory"))
+        fixture.engine.reloading.clear()
+        fixture.engine.may_reload.clear()
+        await fixture.port.publish(1)
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await fixture.engine.reloading.wait()
+            assert fixture.engine.updates[-1] == (1, True)
+            report = fixture.actor.report()
+            assert (report.version, report.num_wanted) == (-1, 0)
+        finally:
+            fixture.engine.may_reload.set()
+
+
+async def test_refusals_that_are_not_in_a_row_do_not_add_up(make: Any) -> None:
+    fixture = make()
+    async with running(fixture):
+        for number in range(1, 2 * MAX_FAILURES):
+            fixture.engine.refusals += [EngineError("no memory")] * 2
+            await fixture.port.publish(number)
+            await fixture.port.until(lambda number=number: fixture.port.reports[-1].version == number)
+    assert fixture.engine.refusals == []
+
+
+async def test_an_engine_that_refuses_everything_time_after_time_ends_the_actor_which_still_leaves_the_port(make: Any) -> None:
+    fixture = make(refusals=100)
     run = asyncio.create_task(fixture.actor.run())
     await fixture.port.publish(0)
     async with asyncio.timeout(DEADLINE):
         with pytest.raises(ExceptionGroup) as caught:
             await run
-    assert caught.group_contains(WeightsError)
-    assert fixture.actor.report().num_wanted == 0
+    assert caught.group_contains(EngineError, match=f"{MAX_FAILURES} times")
+    assert len(fixture.engine.updates) == 2 * MAX_FAILURES
+    assert {report.num_wanted for report in fixture.port.reports} == {0}
     assert fixture.port.left
     assert fixture.engine.closed
+    assert our_shadows() == []
 
 
-async def test_a_stop_ends_the_run_and_leaves_the_port() -> None:
-    fixture = Fixture()
+async def test_a_ticket_in_hand_while_no_weights_are_verified_is_given_back_and_never_sampled(make: Any) -> None:
+    fixture = make()
+    async with running(fixture):
+        fixture.port.open_from_nothing.clear()
+        fixture.engine.may_generate.clear()
+        await fixture.port.issue(ticket())
+        await fixture.port.until(lambda: bool(fixture.port.held))
+        fixture.engine.refusals += [EngineError("no memory")] * 2
+        await fixture.port.publish(1)
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == -1)
+        fixture.engine.may_generate.set()
+        await fixture.port.until(lambda: bool(fixture.port.failures))
+        fixture.port.open_from_nothing.set()
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == 1)
+    assert fixture.port.groups == []
+    assert fixture.port.failures == [(ticket(), "no verified weights")]
+
+
+async def test_a_lost_shadow_does_not_disturb_the_engine_and_is_made_anew(make: Any) -> None:
+    fixture = make()
+    async with running(fixture):
+        for path in our_shadows():
+            path.unlink()
+        await fixture.port.publish(1)
+        await fixture.port.until(lambda: fixture.port.reports[-1].version == 1)
+    assert fixture.engine.updates == [(0, True), (1, True)]
+    assert fixture.port.asked == [(-1, False), (0, False), (-1, True)]
+    assert {report.num_wanted for report in fixture.port.reports} == {2}
+
+
+async def test_a_stop_ends_the_run_and_leaves_the_port(make: Any) -> None:
+    fixture = make()
     async with running(fixture) as run:
         assert not run.done()
         assert not fixture.port.left
     assert run.done()
 
 
-async def test_a_stop_before_the_first_weights_ends_the_run_as_well() -> None:
-    fixture = Fixture()
+async def test_a_stop_before_the_first_weights_ends_the_run_as_well(make: Any) -> None:
+    fixture = make()
     async with running(fixture, version=None):
         pass
 
 
-async def test_a_cancelled_actor_leaves_the_port() -> None:
-    fixture = Fixture()
+async def test_a_cancelled_actor_leaves_the_port(make: Any) -> None:
+    fixture = make()
     run = asyncio.create_task(fixture.actor.run())
     await fixture.port.publish(0)
     await fixture.port.until(lambda: bool(fixture.port.reports))
@@ -405,8 +577,8 @@ async def test_a_cancelled_actor_leaves_the_port() -> None:
     assert fixture.engine.closed
 
 
-async def test_a_failure_nobody_foresaw_ends_the_actor_and_leaves_the_port() -> None:
-    fixture = Fixture()
+async def test_a_failure_nobody_foresaw_ends_the_actor_and_leaves_the_port(make: Any) -> None:
+    fixture = make()
     fixture.engine.error = RuntimeError("a mistake in an engine")
     run = asyncio.create_task(fixture.actor.run())
     await fixture.port.publish(0)

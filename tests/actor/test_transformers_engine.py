@@ -92,12 +92,12 @@ def pause_at_forward(number: int) -> Iterator[tuple[asyncio.Event, threading.Eve
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 async def test_log_probabilities_are_those_of_a_full_forward_pass(
-    kind: str, temperature: float, tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    kind: str, temperature: float, tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model = make_policy(kind=kind)
     weights = bits_of(model)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 4), weights)
+        await engine.update(stage(weights, 4))
         asked = request(temperature=temperature, completions=5)
         completions = await engine.generate(asked)
         assert len(completions) == 5
@@ -109,11 +109,11 @@ async def test_log_probabilities_are_those_of_a_full_forward_pass(
         assert engine.busy_seconds > 0
 
 
-async def test_a_seed_decides_everything_and_other_seeds_differ(tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any) -> None:
+async def test_a_seed_decides_everything_and_other_seeds_differ(tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any) -> None:
     model = make_policy()
     weights = bits_of(model)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         first = await engine.generate(request(seed=3))
         assert same_bits(first, await engine.generate(request(seed=3)))
         others = [await engine.generate(request(seed=seed)) for seed in (0, 1, 2)]
@@ -123,35 +123,35 @@ async def test_a_seed_decides_everything_and_other_seeds_differ(tmp_path: Path, 
         assert len({tuple(c.token_ids.tolist()) for c in first}) > 1
 
 
-async def test_all_62_bits_of_a_seed_count(tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any) -> None:
+async def test_all_62_bits_of_a_seed_count(tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any) -> None:
     """Ticket seeds have 62 bits, so that tickets practically never share one."""
     model = make_policy()
     weights = bits_of(model)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         groups = [await engine.generate(request(seed=5 + high)) for high in (0, 1 << 33, 1 << 61)]
     assert len({tuple(tuple(c.token_ids.tolist()) for c in group) for group in groups}) == 3
 
 
-async def test_a_second_engine_gives_the_same_group_bit_for_bit(tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any) -> None:
+async def test_a_second_engine_gives_the_same_group_bit_for_bit(tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any) -> None:
     model = make_policy()
     weights = bits_of(model)
     groups = []
     for name in ("a", "b"):
         async with running_engine(tmp_path / name, model) as engine:
-            await engine.update(version_of(weights, 0), weights)
+            await engine.update(stage(weights, 0))
             groups.append(await engine.generate(request()))
     assert same_bits(*groups)
 
 
 async def test_with_one_group_a_forward_a_group_does_not_depend_on_what_else_is_asked_for(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model = make_policy()
     weights = bits_of(model)
     asked = [request([1, 3 + i, *range(4, 4 + 2 * i)], 2 + i, 8 + i, seed=i) for i in range(4)]
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         alone = [await engine.generate(one) for one in asked]
         for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
             together = await asyncio.gather(*(engine.generate(asked[i]) for i in order))
@@ -161,7 +161,7 @@ async def test_with_one_group_a_forward_a_group_does_not_depend_on_what_else_is_
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 async def test_with_four_groups_a_forward_log_probabilities_are_still_those_of_each_prompt_alone(
-    kind: str, tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    kind: str, tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model = make_policy(kind=kind)
     weights = bits_of(model)
@@ -173,7 +173,7 @@ async def test_with_four_groups_a_forward_log_probabilities_are_still_those_of_e
         request([8, 9, 10], 2, 3, seed=4),
     ]
     async with running_engine(tmp_path, model, groups_per_forward=4) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         groups = await asyncio.gather(*(engine.generate(one) for one in asked))
         assert engine.num_tokens == sum(completion.token_ids.size for group in groups for completion in group)
     for one, group in zip(asked, groups, strict=True):
@@ -195,13 +195,13 @@ def assert_ends_well(completion: Completion, asked: GenerationRequest) -> None:
 
 
 async def test_a_completion_stops_at_a_stop_token_or_uses_its_whole_budget(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model = make_policy()
     weights = bits_of(model)
     seen = Counter()
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         for seed in range(6):
             asked = request(completions=8, max_tokens=6, seed=seed, stop_ids=(2, 11, 12))
             for completion in await engine.generate(asked):
@@ -218,18 +218,18 @@ async def test_a_completion_stops_at_a_stop_token_or_uses_its_whole_budget(
 
 
 async def test_an_update_in_mid_generation_counts_from_the_next_token_on(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     models = {3: make_policy(0), 4: make_policy(1)}
     weights = {number: bits_of(model) for number, model in models.items()}
     asked = request(completions=3, max_tokens=64, stop_ids=())
     async with running_engine(tmp_path, models[3]) as engine:
-        await engine.update(version_of(weights[3], 3), weights[3])
+        await engine.update(stage(weights[3], 3))
         with pause_at_forward(20) as (standing, go_on):
             generation = asyncio.create_task(engine.generate(asked))
             async with asyncio.timeout(DEADLINE):
                 await standing.wait()
-                update = asyncio.create_task(engine.update(version_of(weights[4], 4), weights[4]))
+                update = asyncio.create_task(engine.update(stage(weights[4], 4)))
                 # Callbacks run in order: the update has been handed to the engine when the engine goes on.
                 asyncio.get_running_loop().call_soon(go_on.set)
                 await update
@@ -247,20 +247,20 @@ async def test_an_update_in_mid_generation_counts_from_the_next_token_on(
 
 
 async def test_an_update_in_mid_generation_is_exact_for_prompts_of_different_lengths(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     models = {0: make_policy(0), 1: make_policy(1)}
     weights = {number: bits_of(model) for number, model in models.items()}
     asked = [request([1], 2, 20, stop_ids=()), request([1, *range(3, 12)], 2, 14, stop_ids=(), seed=5)]
     async with running_engine(tmp_path, models[0], groups_per_forward=2) as engine:
-        await engine.update(version_of(weights[0], 0), weights[0])
+        await engine.update(stage(weights[0], 0))
         # The first request finds the engine idle and runs alone, for one forward pass; the other two run side by side after it.
         asked.insert(0, request(max_tokens=1))
         with pause_at_forward(7) as (standing, go_on):
             generations = [asyncio.create_task(engine.generate(one)) for one in asked]
             async with asyncio.timeout(DEADLINE):
                 await standing.wait()
-                update = asyncio.create_task(engine.update(version_of(weights[1], 1), weights[1]))
+                update = asyncio.create_task(engine.update(stage(weights[1], 1)))
                 asyncio.get_running_loop().call_soon(go_on.set)
                 await update
                 groups = [await generation for generation in generations]
@@ -274,6 +274,26 @@ async def test_an_update_in_mid_generation_is_exact_for_prompts_of_different_len
             assert completion.logprobs.tolist() == pytest.approx(expected, abs=2e-5, rel=1e-5)
 
 
+async def test_weights_may_be_staged_over_once_an_update_has_returned(tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any) -> None:
+    """The next version is staged in place while the engine generates: what it reads must be its own copy by then."""
+    models = {0: make_policy(0), 1: make_policy(1)}
+    staged = stage(bits_of(models[0]), 0)
+    asked = request(max_tokens=30, stop_ids=())
+    async with running_engine(tmp_path, models[0]) as engine:
+        await engine.update(staged)
+        with pause_at_forward(10) as (standing, go_on):
+            generation = asyncio.create_task(engine.generate(asked))
+            async with asyncio.timeout(DEADLINE):
+                await standing.wait()
+                for name, tensor in bits_of(models[1]).items():
+                    staged.weights[name].bits[:] = tensor.bits
+                go_on.set()
+                completions = await generation
+    for completion in completions:
+        assert set(completion.versions.tolist()) == {0}
+        assert_matches(completion, models[0], asked)
+
+
 async def test_nothing_is_generated_before_the_first_update(tmp_path: Path, make_policy: Any) -> None:
     async with running_engine(tmp_path, make_policy()) as engine:
         with pytest.raises(EngineError):
@@ -282,33 +302,35 @@ async def test_nothing_is_generated_before_the_first_update(tmp_path: Path, make
 
 
 async def test_after_an_update_with_a_wrong_root_nothing_is_generated_until_a_good_one(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any, stage: Any
 ) -> None:
     model, other = make_policy(0), make_policy(1)
     weights, other_weights = bits_of(model), bits_of(other)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         before = await engine.generate(request())
         with pytest.raises(RootMismatch):
-            await engine.update(version_of(weights, 1), other_weights)
+            await engine.update(stage(other_weights, 1, version_of(weights, 1)))
         with pytest.raises(EngineError):
             await engine.generate(request())
-        await engine.update(version_of(weights, 2), weights)
+        await engine.update(stage(weights, 2))
         after = await engine.generate(request())
     assert [c.token_ids.tolist() for c in after] == [c.token_ids.tolist() for c in before]
     assert {number for c in after for number in c.versions.tolist()} == {2}
 
 
-async def test_a_wrong_root_in_mid_generation_ends_that_generation(tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any) -> None:
+async def test_a_wrong_root_in_mid_generation_ends_that_generation(
+    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any, stage: Any
+) -> None:
     model = make_policy()
     weights = bits_of(model)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         with pause_at_forward(5) as (standing, go_on):
             generation = asyncio.create_task(engine.generate(request(max_tokens=40, stop_ids=())))
             async with asyncio.timeout(DEADLINE):
                 await standing.wait()
-                update = asyncio.create_task(engine.update(version_of(bits_of(make_policy(1)), 1), weights))
+                update = asyncio.create_task(engine.update(stage(weights, 1, version_of(bits_of(make_policy(1)), 1))))
                 asyncio.get_running_loop().call_soon(go_on.set)
                 with pytest.raises(RootMismatch):
                     await update
@@ -331,36 +353,36 @@ def with_another_shape(weights: Any) -> Any:
 
 @pytest.mark.parametrize("change", [without_one, with_one_more, with_another_shape])
 async def test_weights_that_do_not_fit_the_model_are_refused_and_nothing_is_generated_from_them(
-    change: Callable[[Any], Any], tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    change: Callable[[Any], Any], tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model = make_policy()
     weights = bits_of(model)
     wrong = change(weights)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         with pytest.raises(SlipstreamError):
             async with asyncio.timeout(3):
-                await engine.update(version_of(wrong, 1), wrong)
+                await engine.update(stage(wrong, 1))
         with pytest.raises(EngineError):
             await engine.generate(request())
-        await engine.update(version_of(weights, 2), weights)
+        await engine.update(stage(weights, 2))
         assert len(await engine.generate(request())) == 3
 
 
 async def test_an_update_that_is_overtaken_by_a_newer_one_does_not_wait_for_ever(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model, other = make_policy(0), make_policy(1)
     weights, newer = bits_of(model), bits_of(other)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         with pause_at_forward(2) as (standing, go_on):
             generation = asyncio.create_task(engine.generate(request(max_tokens=6, stop_ids=())))
             async with asyncio.timeout(3):
                 await standing.wait()
                 updates = [
-                    asyncio.create_task(engine.update(version_of(weights, 1), weights)),
-                    asyncio.create_task(engine.update(version_of(newer, 2), newer)),
+                    asyncio.create_task(engine.update(stage(weights, 1))),
+                    asyncio.create_task(engine.update(stage(newer, 2))),
                 ]
                 asyncio.get_running_loop().call_soon(go_on.set)
                 await asyncio.wait(updates)
@@ -371,18 +393,18 @@ async def test_an_update_that_is_overtaken_by_a_newer_one_does_not_wait_for_ever
 # --- requests
 
 
-async def test_a_prompt_and_budget_beyond_the_context_are_refused(tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any) -> None:
+async def test_a_prompt_and_budget_beyond_the_context_are_refused(tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any) -> None:
     model = make_policy()
     weights = bits_of(model)
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         with pytest.raises(EngineError, match=str(CONTEXT)):
             await engine.generate(request([1] * 60, max_tokens=CONTEXT - 59))
         assert len(await engine.generate(request([1] * (CONTEXT - 3), max_tokens=3))) == 3
 
 
 async def test_a_group_at_the_end_of_its_context_shares_a_forward_with_a_longer_budget(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     """GPT-2's learned positions end at the context: a row that has used up its budget must not be fed beyond it."""
     model = make_policy(kind="gpt2", context=24)
@@ -390,20 +412,18 @@ async def test_a_group_at_the_end_of_its_context_shares_a_forward_with_a_longer_
     # The first request finds the engine idle and runs alone; the other two run side by side after it.
     asked = [request([1], max_tokens=1), request([1] * 22, 2, 2, stop_ids=()), request([1, 5], 2, 20, stop_ids=())]
     async with running_engine(tmp_path, model, groups_per_forward=2) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         groups = await asyncio.gather(*(engine.generate(one) for one in asked))
     for one, group in zip(asked, groups, strict=True):
         for completion in group:
             assert_matches(completion, model, one)
 
 
-async def test_a_cancelled_request_does_not_take_an_equal_one_with_it(
-    tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
-) -> None:
+async def test_a_cancelled_request_does_not_take_an_equal_one_with_it(tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any) -> None:
     model = make_policy()
     weights = bits_of(model)
     async with running_engine(tmp_path, model, groups_per_forward=1) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         with pause_at_forward(2) as (standing, go_on):
             running = asyncio.create_task(engine.generate(request(seed=1)))
             async with asyncio.timeout(DEADLINE):
@@ -428,7 +448,7 @@ def chi_square_limit(freedom: int) -> float:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 async def test_tokens_are_sampled_with_their_probabilities(
-    temperature: float, tmp_path: Path, make_policy: Any, bits_of: Any, version_of: Any
+    temperature: float, tmp_path: Path, make_policy: Any, bits_of: Any, stage: Any
 ) -> None:
     model = make_policy()
     weights = bits_of(model)
@@ -436,7 +456,7 @@ async def test_tokens_are_sampled_with_their_probabilities(
     firsts: Counter[int] = Counter()
     num_seeds, completions = 400, 10
     async with running_engine(tmp_path, model) as engine:
-        await engine.update(version_of(weights, 0), weights)
+        await engine.update(stage(weights, 0))
         for seed in range(num_seeds):
             group = await engine.generate(request(completions=completions, max_tokens=1, temperature=temperature, seed=seed))
             counts.update(int(completion.token_ids[0]) for completion in group)
