@@ -84,14 +84,24 @@ def actor(
     broker: BrokerOption,
     key: KeyOption,
     name: Annotated[str | None, typer.Option(help="A name that no other actor of the run has. Default: host and process id.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, transformers or vllm. Default: as the run is configured.")] = None,
+    relay: Annotated[
+        str | None,
+        typer.Option(help="tcp://host:port of an actor beside this one that serves weight files; the broker is asked without it."),
+    ] = None,
+    serve: Annotated[
+        str | None, typer.Option(help="tcp://host:port to serve weight files at, for actors beside this one that have the same key.")
+    ] = None,
     parent: ParentOption = 0,
 ) -> None:
     """Run one actor: it needs the broker's address and a key, and may join and leave at any time."""
     from broker.keys import load_key
-    from deploy.wiring import run_actor
+    from deploy.wiring import choose_engine, run_actor
 
     start_role(parent)
-    run_actor(broker, load_key(key), name)
+    if engine is not None:
+        choose_engine(engine)
+    run_actor(broker, load_key(key), name, engine, relay, serve)
 
 
 @app.command()

@@ -8,12 +8,14 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.core import Broker
 from broker.keys import KeyFile, allowed_keys, load_key
@@ -23,6 +25,10 @@ from protocol.errors import ConfigError, SlipstreamError
 from protocol.messages import ActorReport, ActorWelcome
 from protocol.ports import ActorPort, LearnerPort
 
+if TYPE_CHECKING:
+    from actor.engine import Engine
+
+ENGINES = ("auto", "transformers", "vllm")
 log = logging.getLogger("deploy")
 
 
@@ -36,15 +42,17 @@ class SystemClock:
         return time.time()
 
 
-def make_broker(run: RunDirectory) -> Broker:
-    """The broker of a run, recovered from its journal if there is one."""
+def make_broker(run: RunDirectory, **beside: Any) -> Broker:
+    """The broker of a run, recovered from its journal if there is one; `beside` says how it does long work."""
     manifest = run.manifest()
-    return Broker(run.path, manifest.run, run.config(), manifest.num_prompts, manifest.policy_files, time.monotonic(), time.time())
+    return Broker(
+        run.path, manifest.run, run.config(), manifest.num_prompts, manifest.policy_files, time.monotonic(), time.time(), **beside
+    )
 
 
 def serve_broker(run: RunDirectory, address: str | None) -> None:
     """Run a broker until it is told to shut down. A broker that is started again listens where it did before."""
-    from broker.server import Server
+    from broker.server import Server, Wakeup
 
     run.manifest()
     lock = (run.path / "broker.lock").open("w")
@@ -55,12 +63,15 @@ def serve_broker(run: RunDirectory, address: str | None) -> None:
     _raise_open_files()
     key, allowed = load_key(run.keys / "broker.key"), allowed_keys(run.keys)
     where = address or run.broker_address() or run.config().broker.address
-    server = Server(make_broker(run), where, key, allowed)
+    wakeup = Wakeup()
+    worker = ThreadPoolExecutor(1, "folds")
+    server = Server(make_broker(run, run_beside=worker.submit, wake=wakeup.set), where, key, allowed, wakeup)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     run.announce_broker(server.address)
     log.info("run %s: listening at %s", run.manifest().run, server.address)
     server.serve()
+    worker.shutdown(cancel_futures=True)
 
 
 def _raise_open_files() -> None:
@@ -72,21 +83,28 @@ def _raise_open_files() -> None:
 # --- actors
 
 
-def run_actor(address: str, key: KeyFile, name: str | None) -> None:
-    """Run one actor until the run ends. Address and key are all it needs."""
+def run_actor(
+    address: str, key: KeyFile, name: str | None, engine: str | None = None, relay: str | None = None, serve: str | None = None
+) -> None:
+    """Run one actor until the run ends. Address and key are all it needs.
+
+    `engine` overrides the run's choice on this machine; `relay` is an actor beside this one to fetch weights from, `serve` where to be one.
+    """
     from broker.actor_client import ActorClient
+    from broker.downloads import Sources
 
-    asyncio.run(_run_actor(ActorClient(address, key, name or f"{platform.node() or 'actor'}-{os.getpid()}"), name))
+    name = name or f"{platform.node() or 'actor'}-{os.getpid()}"
+    asyncio.run(_run_actor(ActorClient(address, key, name, Sources(relay, serve)), name, engine))
 
 
-async def _run_actor(port: Any, name: str | None) -> None:
+async def _run_actor(port: Any, name: str, engine: str | None) -> None:
     # Heavy imports come before the broker hears of us: they hold up the event loop, and with it the heartbeat.
     from actor import transformers_engine  # noqa: F401
 
     reporter = _Reporter(port)
-    welcome = await port.join("transformers", reporter)
+    welcome = await port.join(engine or "any engine", reporter)
     with tempfile.TemporaryDirectory(prefix="slipstream-policy-") as folder:
-        actor = await build_actor(port, welcome, Path(folder), name or "actor")
+        actor = await build_actor(port, welcome, Path(folder), name, engine)
         reporter.report = actor.report
         working = asyncio.ensure_future(actor.run())
         loop = asyncio.get_running_loop()
@@ -111,23 +129,54 @@ class _Reporter:
         return ActorReport(-1, 0, self._port.held_tickets(), 0.0, 0.0, 0, "building the engine")
 
 
-async def build_actor(port: ActorPort, welcome: ActorWelcome, folder: Path, name: str) -> Any:
+async def build_actor(port: ActorPort, welcome: ActorWelcome, folder: Path, name: str, engine_name: str | None = None) -> Any:
     """An actor from what the broker's welcome says; the policy's files are put in `folder`."""
     from transformers import AutoTokenizer
 
     from actor.loop import Actor
-    from actor.transformers_engine import TransformersEngine
     from tasks.registry import load_task
 
     config = parse_config_json(welcome.config)
     for file in welcome.policy_files:
         if not is_weights(file.name):
-            (folder / file.name).write_bytes(await port.fetch(file.blob))
-    settings = config.actor
-    engine = await asyncio.to_thread(TransformersEngine, folder, settings.device, settings.threads, settings.groups_per_forward)
+            shutil.copyfile(await port.fetch(file.blob), folder / file.name)
+    engine = await build_engine(engine_name or config.actor.engine, config, folder)
     tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, folder)
     task = load_task(config.task.name, config.task.options)
-    return Actor(name, port, engine, task, tokenizer, stop_ids(folder, tokenizer), config.rollout)
+    return Actor(name, port, engine, task, tokenizer, stop_ids(folder, tokenizer), config.rollout, welcome.policy_files)
+
+
+async def build_engine(name: str, config: Config, folder: Path) -> Engine:
+    """The engine called `name` (auto: vLLM where it is installed, otherwise transformers) for the policy in `folder`."""
+    from actor.transformers_engine import TransformersEngine
+    from actor.vllm_engine import VllmEngine, installed_build, why_unfit
+
+    settings, chosen, build = config.actor, choose_engine(name), installed_build()
+    unfit = why_unfit(folder, build) if chosen == "vllm" and name == "auto" and build is not None else ""
+    if unfit:
+        log.warning("using transformers: %s", unfit)
+    elif chosen == "vllm":
+        return await VllmEngine.start(folder, settings, config.rollout)
+    return await asyncio.to_thread(TransformersEngine, folder, settings.device, settings.threads, settings.groups_per_forward)
+
+
+def choose_engine(name: str) -> str:
+    """`name`, or what `auto` means on this machine. Raises ConfigError for one that is not installed here."""
+    if name not in ENGINES:
+        raise ConfigError("--engine", name, "is not an engine", f"one of {', '.join(ENGINES)}")
+    from actor.vllm_engine import installed_build
+
+    build = installed_build()
+    if name == "auto":
+        return "vllm" if build is not None else "transformers"
+    if name == "vllm" and build is None:
+        raise ConfigError(
+            "actor.engine",
+            name,
+            "vLLM is not installed here",
+            "`make vllm` for the CPU build, pip install 'slipstream-rl[vllm]' with a GPU, or auto",
+        )
+    return name
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -152,6 +201,7 @@ def parse_config_json(text: str) -> Config:
 
 def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
     """Put what a learner needs (configuration, run id, policy) in `folder`, from the broker alone."""
+    from broker.blobs import BlobStore
     from broker.learner_client import LearnerClient
     from deploy.rundir import RunManifest
 
@@ -163,7 +213,7 @@ def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
         for file in info.policy_files:
             target = policy / file.name
             if not (target.exists() and target.stat().st_size == file.blob.size):
-                target.write_bytes(client.fetch(file.blob))
+                shutil.copyfile(client.fetch(file.blob, BlobStore(folder / "blobs")), target)
     finally:
         client.close()
     manifest = RunManifest(info.run, "", str(policy.resolve()), 0, info.policy_files, {}, {})
@@ -181,14 +231,14 @@ def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
     device = _learner_device(config)
     torch.set_num_threads(config.learner.threads)
     ranks = TorchRanks(device) if under_torchrun() else OneRank()
-    learner = _build_learner(run, ranks, LearnerClient(address, key) if ranks.rank == 0 else None, device)
+    learner = _build_learner(run, ranks, LearnerClient(address, key) if ranks.rank == 0 else None, device, beside=True)
     learner.run()
     if isinstance(ranks, TorchRanks):
         ranks.close()
 
 
-def _build_learner(run: RunDirectory, ranks: Any, port: LearnerPort | None, device: Any) -> Any:
-    """One rank's learner on a run's policy, or on its newest checkpoint."""
+def _build_learner(run: RunDirectory, ranks: Any, port: LearnerPort | None, device: Any, *, beside: bool) -> Any:
+    """One rank's learner on a run's policy, or on its newest checkpoint; it publishes `beside` its steps, or between them."""
     from transformers import AutoTokenizer
 
     from learner.loop import Learner
@@ -208,6 +258,7 @@ def _build_learner(run: RunDirectory, ranks: Any, port: LearnerPort | None, devi
         ranks=ranks,
         port=port,
         device=device,
+        beside=beside,
     )
 
 
@@ -246,7 +297,7 @@ def run_serial(run: RunDirectory) -> None:
             for index in range(max(1, config.actor.num_actors)):
                 actors.append(loop.create_task(_serial_actor(memory.actor_port(f"actor-{index}"), Path(folder), f"actor-{index}")))
             port = memory.learner_port(loop, lambda: _raise_failure(actors))
-            learner = _build_learner(run, OneRank(), port, _learner_device(config))
+            learner = _build_learner(run, OneRank(), port, _learner_device(config), beside=False)
             learner.run()
             loop.run_until_complete(asyncio.wait_for(asyncio.gather(*actors), 60))
     finally:
@@ -261,7 +312,7 @@ def run_serial(run: RunDirectory) -> None:
 
 async def _serial_actor(port: Any, folder: Path, name: str) -> None:
     reporter = _Reporter(port)
-    welcome = await port.join("transformers", reporter)
+    welcome = await port.join("any engine", reporter)
     actor = await build_actor(port, welcome, folder, name)
     reporter.report = actor.report
     await actor.run()

@@ -103,13 +103,23 @@ class ActorConfig(_Section):
 
     num_actors: int = Field(2, ge=0, le=4096)
     """Actor processes that `up` starts."""
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto is vLLM where it is installed, otherwise transformers. Each actor decides for its machine; a group says who made it."""
     groups_per_forward: int = Field(1, ge=1)
-    """Groups in one forward pass. 1 makes a group's log-probabilities independent of what else is generated, bit for bit."""
+    """transformers: groups in one forward pass. 1 makes a group's log-probabilities independent of what else is generated, bit for bit."""
     device: str = "auto"
     """A torch device, or auto: the first accelerator, otherwise cpu."""
     threads: int = Field(1, ge=1)
     """CPU threads of one actor. Part of the config because it can change the last bit of a sum."""
+    max_sequences: int = Field(256, ge=1)
+    """vllm: completions generated at the same time."""
+    tensor_parallel: int = Field(1, ge=1)
+    """vllm: accelerators of one actor."""
+    memory_share: float = Field(0.9, gt=0, le=1)
+    """vllm: share of an accelerator's memory for the actor; less where a learner is on it too."""
+    keep_kv: bool = False
+    """vllm: keep the key-value cache over an update. Cheaper, but what follows is sampled from a mixture of both policies, so
+    log-probabilities are not exactly those of the recorded versions."""
 
 
 class LearnerConfig(_Section):
@@ -137,6 +147,8 @@ class LearnerConfig(_Section):
     device: str = "auto"
     threads: int = Field(1, ge=1)
     """CPU threads of one rank."""
+    compact_deltas: bool = False
+    """Also publish each delta with positions coded by exponent class, for actors behind slow links: about a quarter smaller, slower to code."""
 
 
 class LossConfig(_Section):

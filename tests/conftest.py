@@ -55,7 +55,7 @@ def settings(tiny_policy: Path) -> Callable[..., dict[str, Any]]:
             "policy": {"path": str(tiny_policy), "max_lag": 0},
             "task": {"name": "examples.own_task:EvenDigits"},
             "rollout": {"group_size": 4, "groups_per_batch": 4, "max_tokens": 6},
-            "actor": {"num_actors": 1},
+            "actor": {"num_actors": 1, "engine": "transformers"},
             "learner": {"ranks": 1, "lr": 1e-3, "eval_every": 0, "eval_prompts": 8, "checkpoint_every": 2},
         }
         for name, values in sections.items():
