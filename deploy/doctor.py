@@ -11,11 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from actor.vllm_engine import CPU_HEAD_WIDTHS, installed_build
 from protocol.errors import SlipstreamError
 
 REQUIRED = {
     "torch": "torch>=2.11,<2.14", "transformers": "transformers", "tokenizers": "tokenizers", "safetensors": "safetensors",
-    "numpy": "numpy", "zmq": "pyzmq", "msgspec": "msgspec", "zstandard": "zstandard", "blake3": "blake3", "pydantic": "pydantic",
+    "numpy": "numpy", "numba": "numba", "zmq": "pyzmq", "msgspec": "msgspec", "zstandard": "zstandard", "blake3": "blake3", "pydantic": "pydantic",
     "rich": "rich", "psutil": "psutil", "matplotlib": "matplotlib",
 }  # fmt: skip
 OPTIONAL = {
@@ -26,6 +27,7 @@ OPTIONAL = {
 }
 LOW_DISK_BYTES = 2 << 30
 LOW_OPEN_FILES = 1024
+LOW_SHARED_BYTES = 1 << 30
 
 
 class Findings(NamedTuple):
@@ -58,6 +60,7 @@ def examine(config: Path | None) -> Findings:
     _libraries(notes)
     _encryption(notes)
     _devices(notes)
+    _engine(notes)
     _disk_and_limits(notes)
     if config is not None:
         _configuration(notes, config)
@@ -103,7 +106,7 @@ def _devices(notes: _Notebook) -> None:
         import torch
     except ImportError:
         return
-    if torch.cuda.is_available():
+    if _has_accelerator():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         notes.good(f"accelerators: {', '.join(names)}")
     else:
@@ -112,6 +115,33 @@ def _devices(notes: _Notebook) -> None:
         notes.good("torch.distributed with gloo")
     else:
         notes.missing("torch.distributed has no gloo", "install a torch build with distributed support")
+
+
+def _engine(notes: _Notebook) -> None:
+    """What `actor.engine = "auto"` means on this machine."""
+    build = installed_build()
+    if build is None:
+        notes.note("vLLM is not installed; actors generate with transformers. `make vllm` brings the CPU build, pip install vllm another")
+    elif build.kind == "cpu":
+        notes.good(f"engine auto is vLLM {build.version} for the CPU; it takes head widths {', '.join(map(str, CPU_HEAD_WIDTHS))}")
+    elif _has_accelerator():
+        notes.good(f"engine auto is vLLM {build.version}")
+    else:
+        notes.missing(f"vLLM {build.version} needs an accelerator, and torch sees none", "actor.engine = transformers, or the CPU build")
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.is_dir() else 0
+    if free < LOW_SHARED_BYTES:
+        notes.note(
+            f"/dev/shm has {free >> 20} MB free; larger weights are kept in {tempfile.gettempdir()} (docker run --shm-size enlarges it)"
+        )
+
+
+def _has_accelerator() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
 
 
 def _disk_and_limits(notes: _Notebook) -> None:
