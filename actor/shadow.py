@@ -29,6 +29,8 @@ from protocol.weights import DTYPE_BITS, PolicyVersion, Tensor, Weights, root_of
 
 log = logging.getLogger("actor")
 PREFIX = "slipstream-shadow-"
+HASH_THREADS = max(1, min(8, (os.cpu_count() or 1) // 4))
+"""A new version should not wait long to be verified, nor take the engine's cores from it."""
 _SUFFIX = ".safetensors"
 
 
@@ -88,7 +90,7 @@ class Shadow:
     def root(self, changed: Iterable[str] | None = None) -> str:
         """The root hash. Only the tensors `changed` are read again, or all."""
         for name in self.weights if changed is None or not self._digests else changed:
-            self._digests[name] = tensor_digest(self.weights[name])
+            self._digests[name] = tensor_digest(self.weights[name], HASH_THREADS)
         return root_of_digests({name: (t.dtype, t.shape, self._digests[name]) for name, t in self.weights.items()})
 
     def check(self) -> None:

@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from actor.engine import Completion, GenerationRequest  # noqa: E402
+from actor.engine import Completion, GenerationRequest, Pause  # noqa: E402
 from actor.loop import Actor  # noqa: E402
+from actor.shadow import StagedWeights  # noqa: E402
 from broker.actor_client import ActorClient  # noqa: E402
 from broker.keys import load_key, make_keys  # noqa: E402
 from broker.learner_client import LearnerClient  # noqa: E402
@@ -33,10 +35,10 @@ from deploy.rundir import RunDirectory, RunManifest  # noqa: E402
 from examples.own_task import EvenDigits  # noqa: E402
 from learner.batch import make_batch  # noqa: E402
 from learner.publish import Publisher  # noqa: E402
+from learner.ranks import OneRank  # noqa: E402
 from protocol.config import Config, parse_config  # noqa: E402
 from protocol.groups import FULL  # noqa: E402
-from protocol.messages import ActorReport  # noqa: E402
-from protocol.weights import PolicyVersion, Tensor, Weights  # noqa: E402
+from protocol.messages import ActorReport, Publish, Published  # noqa: E402
 
 GROUPS, GROUP_SIZE, TOKENS = 8, 2, 10
 SKIPPED = 5
@@ -54,9 +56,9 @@ class TimedEngine:
         self.busy_seconds, self.num_groups = 0.0, 0
         self.first_tokens: dict[int, float] = {}
 
-    async def update(self, version: PolicyVersion, weights: Weights) -> None:
-        del weights
-        self._version = version.number
+    async def update(self, staged: StagedWeights) -> Pause:
+        self._version = staged.version.number
+        return Pause(0.0, 0.0)
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         async with self._turn:
@@ -100,9 +102,20 @@ async def act(address: str, key: Path, name: str, token_seconds: float, out: Pat
     idle = ActorReport(-1, 0, [], 0.0, 0.0, 0, "starting")
     welcome = await port.join("timed", lambda: report[0].report() if report else idle)
     config = parse_config(json.loads(welcome.config))
-    report.append(Actor(name, port, engine, EvenDigits(), OneTokenizer(), (0,), config.rollout))
+    report.append(Actor(name, port, engine, EvenDigits(), OneTokenizer(), (0,), config.rollout, welcome.policy_files))
     await report[0].run()
     await asyncio.to_thread(out.write_text, json.dumps([engine.first_tokens, engine.busy_seconds / max(engine.num_groups, 1)]))
+
+
+class NotingClient(LearnerClient):
+    """A learner's port that notes when each version was announced."""
+
+    published: dict[int, float]
+
+    def publish(self, publication: Publish) -> Published:
+        answer = super().publish(publication)
+        self.__dict__.setdefault("published", {})[answer.number] = time.monotonic()
+        return answer
 
 
 def make_run(folder: Path, max_lag: int, steps: int) -> tuple[RunDirectory, Config]:
@@ -122,23 +135,21 @@ def make_run(folder: Path, max_lag: int, steps: int) -> tuple[RunDirectory, Conf
 
 def learn(run: RunDirectory, config: Config, address: str, training: float) -> tuple[float, dict[int, float]]:
     """The learner's loop with a step that sleeps; returns wall seconds of the measured steps and the time of each publication."""
-    port = LearnerClient(address, load_key(run.keys / "learner.key"))
-    publisher = Publisher(port, port.join(0, 1), None)
+    port = NotingClient(address, load_key(run.keys / "learner.key"))
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
+    publisher = Publisher(model, OneRank(), port, port.join(0, 1), None, lambda: "")
     rng = np.random.default_rng(0)
-    bits = rng.integers(0, 1 << 16, 200_000, dtype=np.uint16)
-    published: dict[int, float] = {}
 
     def publish(step: int) -> None:
-        changed = bits.copy()
-        changed[rng.integers(0, bits.size, 2000)] ^= 1
-        publisher.publish(step, {"w": Tensor("BF16", (bits.size,), changed)})
-        assert publisher.published is not None
-        published[publisher.published.version.number] = time.monotonic()
+        with torch.no_grad():
+            model.w[torch.from_numpy(rng.integers(0, 200_000, 2000))] *= 1.01
+        publisher.publish(step)
 
     publish(0)
     started = 0.0
     for step in range(config.run.steps):
-        received = port.next_batch(step)
+        received = port.next_batch(step, publisher.check)
         assert received is not None
         batch = make_batch(received, config.loss)
         if step == SKIPPED:
@@ -148,9 +159,11 @@ def learn(run: RunDirectory, config: Config, address: str, training: float) -> t
         publish(step + 1)
         port.commit(step, batch.number, lags, {"reward": batch.facts["reward"]})
     wall = time.monotonic() - started
+    publisher.flush()
+    publisher.close()
     port.done(config.run.steps, {})
     port.close()
-    return wall, published
+    return wall, port.published
 
 
 def measure(max_lag: int, steps: int, generation: float, training: float, num_actors: int) -> tuple[float, float, list[float]]:

@@ -53,9 +53,9 @@ class BlobRef(msgspec.Struct, frozen=True, array_like=True):
     size: Annotated[int, msgspec.Meta(ge=0)]
 
 
-def tensor_digest(tensor: Tensor) -> bytes:
+def tensor_digest(tensor: Tensor, threads: int = 1) -> bytes:
     """BLAKE3 (32 bytes) of a tensor's bits."""
-    return blake3.blake3(np.ascontiguousarray(tensor.bits).view(np.uint8).data).digest()
+    return blake3.blake3(np.ascontiguousarray(tensor.bits).view(np.uint8).data, max_threads=threads).digest()
 
 
 def root_hash(weights: Mapping[str, Tensor]) -> str:
