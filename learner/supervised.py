@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -71,6 +72,7 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
             f"after {config.max_steps} supervised steps the held-out reward is {reward:.3f}, {config.target_reward} was asked for. "
             "Make the task easier, the model larger, or supervised.target_reward smaller."
         )
+    transformers.utils.logging.disable_progress_bar()
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "supervised.json").write_text(json.dumps({"steps": step, "heldout_reward": reward}))
