@@ -466,15 +466,14 @@ def _compress(data: bytes) -> bytes:
     """zstd where there are repetitions, the entropy coder where there is nothing but frequencies; nothing for nothing."""
     if not data:
         return b""
-    packed = zstandard.ZstdCompressor(level=1).compress(data)
+    zstd = zstandard.ZstdCompressor(level=1)
     symbols = np.frombuffer(data, np.uint8)
-    blocks = (symbols[begin : begin + rans.BLOCK_SYMBOLS] for begin in range(0, symbols.size, rans.BLOCK_SYMBOLS))
-    entropy = sum(entropy_bits(np.bincount(block, minlength=256)) for block in blocks) / 8
-    if entropy < _WORTH_IT * len(packed):
-        coded = rans.encode(symbols)
-        if len(coded) < len(packed):
-            return _RANS + coded
-    return _ZSTD + packed
+    middle = max(0, symbols.size - rans.BLOCK_SYMBOLS) // 2
+    sample = symbols[middle : middle + rans.BLOCK_SYMBOLS]
+    if entropy_bits(np.bincount(sample, minlength=256)) / 8 >= _WORTH_IT * len(zstd.compress(sample.data)):
+        return _ZSTD + zstd.compress(data)
+    coded = rans.encode(symbols)
+    return _RANS + coded if len(coded) < len(data) else _ZSTD + zstd.compress(data)
 
 
 def _decompress_part(data: Bits, length: int) -> Bits:

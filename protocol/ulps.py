@@ -10,6 +10,7 @@ The loops are compiled by numba and release the interpreter lock. Indices are wi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -44,8 +45,7 @@ class Changes(NamedTuple):
 def find_changes(old: Bits, new: Bits) -> Changes:
     """What turns `old` into `new`; both are flat, of the same unsigned type and size."""
     old, new = _aligned(old), _aligned(new)
-    positions = np.empty(old.size, np.uint32)
-    differences = np.empty(old.size, np.int64)
+    positions, differences = _scratch.room(old.size)
     count = _find(old, new, positions, differences, _sign(old.dtype))
     return Changes(positions[:count].copy(), differences[:count].copy())
 
@@ -69,6 +69,21 @@ def negated(changes: Changes, width: int) -> Changes:
     """The changes that undo `changes`."""
     half = np.int64(1) << (width - 1)
     return Changes(changes.positions, ((-changes.differences + half) & (2 * half - 1)) - half)
+
+
+class _Scratch(threading.local):
+    """Room for the changes of one chunk, kept by each thread: fresh memory costs a tenth of the time of finding them."""
+
+    def __init__(self) -> None:
+        self._positions, self._differences = np.empty(0, np.uint32), np.empty(0, np.int64)
+
+    def room(self, size: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        if self._positions.size < size:
+            self._positions, self._differences = np.empty(size, np.uint32), np.empty(size, np.int64)
+        return self._positions, self._differences
+
+
+_scratch = _Scratch()
 
 
 def _sign(dtype: np.dtype[Any]) -> np.int64:
