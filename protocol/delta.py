@@ -473,7 +473,10 @@ def _compress(data: bytes) -> bytes:
     if entropy_bits(np.bincount(sample, minlength=256)) / 8 >= _WORTH_IT * len(zstd.compress(sample.data)):
         return _ZSTD + zstd.compress(data)
     coded = rans.encode(symbols)
-    return _RANS + coded if len(coded) < len(data) else _ZSTD + zstd.compress(data)
+    if symbols.size > rans.BLOCK_SYMBOLS:
+        return _RANS + coded
+    packed = zstd.compress(data)  # of so few, the coder's table of frequencies is a part that counts
+    return _RANS + coded if len(coded) < len(packed) else _ZSTD + packed
 
 
 def _decompress_part(data: Bits, length: int) -> Bits:
