@@ -49,6 +49,7 @@ class Actor:
         self._weights = HeldWeights(port, policy_files)
         self._sampling_version = -1
         self._serving: set[int] = set()
+        self._workers: list[asyncio.Task[None]] = []
         self._monotonic = monotonic
         self._started = monotonic()
 
@@ -61,15 +62,20 @@ class Actor:
             busy_seconds=self._engine.busy_seconds,
             elapsed_seconds=self._monotonic() - self._started,
             num_tokens=self._engine.num_tokens,
-            doing=f"generating {len(self._serving)} groups" if self._serving else "waiting for a ticket",
+            doing=self._doing(),
         )
+
+    def _doing(self) -> str:
+        if self._sampling_version < 0:
+            return "waiting for weights" if self._weights.number < 0 else f"taking over version {self._weights.number}"
+        return f"generating {len(self._serving)} groups" if self._serving else "waiting for a ticket"
 
     async def run(self) -> None:
         """Work until the run ends. Raises what cannot be mended here (PeerError, WeightsError, ...)."""
         try:
             async with asyncio.TaskGroup() as group:
                 updates = group.create_task(self._keep_up())
-                workers = [group.create_task(self._serve()) for _ in range(self._engine.num_groups_wanted)]
+                workers = self._workers = [group.create_task(self._serve()) for _ in range(self._engine.num_groups_wanted)]
                 await asyncio.wait(workers)
                 updates.cancel()
         finally:
@@ -102,6 +108,10 @@ class Actor:
                 self._weights.drop()
                 failures += 1
             self._port.report_now()
+        if self._sampling_version < 0:
+            # The run ends while the engine generates nothing: what it was asked for would never come.
+            for worker in self._workers:
+                worker.cancel()
 
     async def _hand_over(self, staged: StagedWeights) -> bool:
         """Give weights to the engine: what changed, or else everything. Whether it has them now; if not, it generates nothing."""

@@ -141,8 +141,8 @@ class TransformersEngine:
             return False
         self._version = None
         started = time.monotonic()
+        version, weights = update.staged.version, update.staged.weights
         try:
-            version, weights = update.staged.version, update.staged.weights
             self._write(weights)
             found = root_hash(self._live(weights))
             if found != version.root:
@@ -150,6 +150,8 @@ class TransformersEngine:
             self._version = version
         except (RootMismatch, EngineError) as error:
             update.settle(error)
+        except Exception as error:  # a device's errors are of many kinds, and whoever waits must hear of all of them
+            update.settle(EngineError(f"the model could not take version {version.number}: {error!r}"))
         else:
             seconds = time.monotonic() - started
             update.settle(Pause(seconds, seconds))

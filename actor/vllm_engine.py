@@ -35,7 +35,7 @@ log = logging.getLogger("actor")
 PROMPT_ROOM = 8192
 """Tokens of a prompt that a request has room for beside its completion, where the policy has that much."""
 AUDIT_EVERY = 256
-"""Patches between two audits of the parameters against a whole reload; the first one is always audited."""
+"""Patches between two audits of the patched model against a whole reload; a patch with a tensor that none had before is always audited."""
 ACTOR_PID = "SLIPSTREAM_ACTOR_PID"
 """Environment variable that tells vLLM's processes which process they must not outlive."""
 MARKER = 0x7FA5
@@ -86,6 +86,8 @@ class VllmEngine:
         self._cuts: dict[tuple[str, int], list[tuple[int, int]]] = {}
         """By request and child: from which token on which version."""
         self._num_requests = self._num_patches = self._num_tokens = 0
+        self._audited: set[str] = set()
+        """Tensors that a patch has changed which was audited."""
         self._is_whole = False
         """Whether the parameters are those of one version; a patch needs that."""
         self._running = 0
@@ -199,8 +201,7 @@ class VllmEngine:
     async def update(self, staged: StagedWeights) -> Pause:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        by_patch = self._patches and self._is_whole and staged.changed is not None
-        patch = await asyncio.to_thread(write_patch, staged) if by_patch else None
+        patch = await self._patch_for(staged)
         started = time.monotonic()
         try:
             await self._pause()
@@ -220,6 +221,19 @@ class VllmEngine:
                 patch.unlink(missing_ok=True)
         return Pause(time.monotonic() - started, applied - applying_from)
 
+    async def _patch_for(self, staged: StagedWeights) -> Path | None:
+        """A file with what changed; None if everything is to be taken over."""
+        if not self._patches or not self._is_whole or staged.changed is None:
+            return None
+        from safetensors import SafetensorError
+
+        try:
+            return await asyncio.to_thread(write_patch, staged)
+        except (OSError, SafetensorError) as error:
+            log.warning("no patch for version %d, taking over everything: %s", staged.version.number, error)
+            staged.path.with_suffix(".patch").unlink(missing_ok=True)
+            return None
+
     async def _pause(self) -> None:
         """Stop sampling, with everything sampled so far accounted for."""
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -238,12 +252,19 @@ class VllmEngine:
             return
         await self._llm.collective_rpc("slipstream_patch", args=(path, str(patch)))
         self._num_patches += 1
-        if self._num_patches % AUDIT_EVERY == 1:
+        assert staged.changed is not None
+        unaudited = set(staged.changed) - self._audited
+        if unaudited or self._num_patches % AUDIT_EVERY == 0:
+            self._audited |= unaudited
             found = await self._llm.collective_rpc("slipstream_checksum")
             await self._llm.collective_rpc("slipstream_load", args=(path,))
             if found != await self._llm.collective_rpc("slipstream_checksum"):
                 self._patches = False
-                log.warning("this model's parameters are transformed when they are loaded: updates reload it whole from now on")
+                log.error(
+                    "patch %d left another model than a reload, which has been done: this model is transformed when it is loaded. Updates "
+                    "reload it whole from now on; groups sampled since the audit before are suspect",
+                    self._num_patches,
+                )
 
     async def _label(self, number: int) -> None:
         """From here on tokens belong to version `number`. Nothing is awaited between the counts and the new label."""

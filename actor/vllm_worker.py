@@ -98,10 +98,13 @@ class ShadowWorker:
             torch.cuda.synchronize(self.device)
 
     def slipstream_checksum(self) -> int:
-        """A number that depends on every bit of this rank's parameters and on its place; only for comparing with another time."""
+        """A number that depends on every bit of this rank's model and on its place: parameters, buffers, and whatever modules have derived
+        from them; only for comparing with another time."""
+        model = self.model_runner.get_model()
+        derived = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
         total = 0
-        for number, parameter in enumerate(self.model_runner.get_model().parameters()):
-            flat = parameter.data.contiguous().view(torch.uint8).reshape(-1)
+        for number, tensor in enumerate([*model.parameters(), *model.buffers(), *derived]):
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             for begin in range(0, flat.numel(), _SUM_ELEMENTS):
                 part = flat[begin : begin + _SUM_ELEMENTS].to(torch.int64) + 1
                 places = torch.arange(begin, begin + part.numel(), device=part.device) % 1_000_003 + number + 1

@@ -30,6 +30,8 @@ RETRY_SECONDS: Final = 15.0
 """Questions without an answer for this long are asked again, even if the connection seems to hold."""
 POLL_MILLISECONDS: Final = 200
 GIVE_UP_SECONDS: Final = 300.0
+PATIENCE: Final = 20
+"""A relay that says that a file is coming is believed this many times longer than silence."""
 
 
 class BlobClient:
@@ -70,7 +72,7 @@ class BlobClient:
 
         Raises RequestRefused if the other side does not have it, DamagedDelta if what came is not what its name says, BrokerUnreachable.
         """
-        if store.size(blob.digest) == blob.size:
+        if store.holds(blob):
             return store.path(blob.digest)
         pieces = Pieces(blob.size)
         clock = _Rate()
@@ -103,6 +105,8 @@ class BlobClient:
         """Store `data` on the broker's machine."""
         blob = BlobRef(blake3.blake3(data).hexdigest(), len(data))
         progress = {"sent": 0, "have": 0, "stored": False}
+        ends = {0}
+        """Where a piece that was sent ended."""
 
         def ask() -> None:
             while progress["sent"] - progress["have"] < CREDIT * CHUNK_BYTES and (progress["sent"] < blob.size or not blob.size):
@@ -110,12 +114,15 @@ class BlobClient:
                 chunk = memoryview(data)[offset : offset + CHUNK_BYTES]
                 self._send(messages.PutChunk(blob.digest, blob.size, offset), chunk)
                 progress["sent"] = offset + len(chunk)
+                ends.add(offset + len(chunk))
                 if not blob.size:
                     return
 
         def take(message: messages.ToBlobClient, payload: bytes | memoryview) -> None:
             del payload
             if isinstance(message, messages.PutOk):
+                if message.offset not in ends:
+                    progress["sent"] = message.offset  # the store has another part of it than was sent: go on from there
                 progress["have"] = message.offset
                 progress["stored"] = message.stored
 
@@ -134,7 +141,7 @@ class BlobClient:
         again: Callable[[], None],
     ) -> None:
         """Ask and take until finished; after a cut, or RETRY_SECONDS of silence, ask again for what is missing."""
-        heard_at = asked_at = time.monotonic()
+        heard_at = asked_at = gained_at = time.monotonic()
         is_lost = False
         while not finished():
             if self._stopped.is_set():
@@ -154,7 +161,10 @@ class BlobClient:
                 if isinstance(message, messages.BlobRefused):
                     raise RequestRefused(f"blob {blob.digest[:16]}", message.reason)
                 heard_at = now
+                gained_at = now if payload or isinstance(message, messages.PutOk) else gained_at
                 take(message, payload)
+            if now - gained_at > PATIENCE * self._give_up_seconds:
+                raise BrokerUnreachable(self._address, now - gained_at, f"blob {blob.digest[:16]}, which is always coming and never comes")
             if now - heard_at > self._give_up_seconds:
                 raise BrokerUnreachable(self._address, now - heard_at, f"blob {blob.digest[:16]}")
             if now - max(heard_at, asked_at) >= RETRY_SECONDS:

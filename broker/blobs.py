@@ -69,6 +69,24 @@ class BlobStore:
         except FileNotFoundError:
             return None
 
+    def holds(self, blob: BlobRef) -> bool:
+        """Whether the blob is here and has the bytes that its name says; one that has others is removed."""
+        if self.size(blob.digest) is None:
+            return False
+        if file_digest(self.path(blob.digest)) == blob.digest:
+            return True
+        self.remove(blob.digest)
+        return False
+
+    def sweep(self, keep: set[str], before: float) -> int:
+        """Remove files that are not in `keep` and were not changed since `before` (seconds since 1970); how many those were."""
+        removed = 0
+        for path in self._folder.iterdir():
+            if path.name not in keep and path.stat().st_mtime < before:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
     @contextlib.contextmanager
     def incoming(self, digest: str) -> Iterator[BinaryIO]:
         """An open file for a blob that is being received; gone afterwards unless `keep` has named it."""

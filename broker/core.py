@@ -19,7 +19,7 @@ from broker.blobs import BlobStore
 from broker.folding import Folds
 from broker.journal import Journal
 from broker.ledger import Ledger
-from broker.publications import Hop, Way
+from broker.publications import ANCHOR_EVERY, Hop, Way
 from broker.status import StatusBook
 from protocol import facts, messages
 from protocol.config import Config, config_json
@@ -48,6 +48,7 @@ PUBLISHER = "publisher"
 """Peer names of the learner in `Outgoing`: what it trains on, and what it publishes, are two conversations. Actors are "actor:<name>"."""
 FOLD_BYTES = 1 << 20
 FOLD_HOPS = 8
+LEFT_SECONDS = 3600.0
 """A way of more bytes or more deltas than this is folded first; a shorter one is given as it is, which takes no time to make."""
 
 
@@ -97,6 +98,7 @@ class Broker:
         self.ledger.recovered(now)
         if self.ledger.versions.anchor is not None:
             self._folds.pin(self.ledger.versions.anchor.delta)
+        self._sweep(wall)
         self._journal.append(facts.RunStarted(run, len(entries)), b"", wall)
         self._journal.commit()
 
@@ -124,7 +126,7 @@ class Broker:
             case messages.GetRoute():
                 if message.failed:
                     log.warning("%s could not follow the way to the newest version: %s", actor, message.failed)
-                    self._snapshot_wanted = self._snapshot_wanted or message.held < 0
+                    self._snapshot_wanted = self._snapshot_wanted or (message.held < 0 and self._may_want_snapshot())
                 self._route(actor, epoch, message.held)
             case messages.ActorBye():
                 self._handle(ev.ActorGone(actor, epoch), now, wall)
@@ -188,8 +190,21 @@ class Broker:
 
     # --- weights
 
+    def _may_want_snapshot(self) -> bool:
+        """Whether it is long enough since the last snapshot: one actor that cannot use any must not fill the store with them."""
+        versions = self.ledger.versions
+        snapshots = [number for number, publication in versions.by_number.items() if publication.fact.snapshot is not None]
+        return not snapshots or versions.next_number - snapshots[-1] > ANCHOR_EVERY
+
+    def _sweep(self, wall: float) -> None:
+        """Remove what crashes have left in the store; what a learner may be about to announce is younger than that."""
+        keep = self.ledger.versions.files() | {file.blob.digest for file in self._policy_files}
+        removed = self.blobs.sweep(keep, wall - LEFT_SECONDS)
+        if removed:
+            log.info("removed %d files from the store that nothing leads to", removed)
+
     def _route(self, actor: str, epoch: str, held: int) -> None:
-        """Answer an actor that wants to get from `held` to the newest version, now or once the way is folded."""
+        """Answer an actor that wants to get from `held` to the newest version, or nearer to it, now or once the way is folded."""
         versions = self.ledger.versions
         newest, peer = versions.newest, actor_peer(actor)
         waits_from, begun = self._routes_wanted.pop((actor, epoch), (held, ()))
@@ -204,11 +219,16 @@ class Broker:
             self._snapshot_wanted = True
             return
         hops = self._to_fold(way.hops, begun if waits_from == held else ())
+        if hops and self._folds.has_failed(hops) and not any(hop.inverted for hop in way.hops):
+            hops = ()  # what cannot be folded may still be followed delta by delta
         folded = self._folds.get(hops) if hops else None
         if hops and folded is None:
             self._routes_wanted[actor, epoch] = held, hops
             return
         rest = way.hops[len(hops) :]
+        if folded is not None and sum(hop.delta.size for hop in rest) > FOLD_BYTES:
+            # Published meanwhile, and more than a slow link should carry unfolded: the actor goes as far as this, and asks again from there.
+            newest, rest = versions.before(rest[0]), ()
         deltas = [rest[0].compact or rest[0].delta] if len(way.hops) == len(rest) == 1 else [hop.delta for hop in rest]
         deltas = deltas if folded is None else [folded, *deltas]
         self._send(peer, epoch, messages.Route(held, newest, way.start, way.snapshot if way.start == "snapshot" else None, deltas))
@@ -354,7 +374,8 @@ class Broker:
 
     def _send_learner(self, session: str, message: messages.ToLearner) -> None:
         if isinstance(message, messages.Published):
-            message = msgspec.structs.replace(message, snapshot_wanted=self._snapshot_wanted)
+            wanted = self._snapshot_wanted and not self.ledger.versions.has_suspects
+            message = msgspec.structs.replace(message, snapshot_wanted=wanted)
         about_publication = isinstance(message, messages.Published) or (
             isinstance(message, messages.LearnerRefused) and message.request == "publish"
         )

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
+import blake3
+
 from broker.blobs import BlobStore
 from broker.publications import Hop
+from protocol.errors import DamagedDelta
 from protocol.weights import BlobRef
 
 log = logging.getLogger("broker")
-NUM_KEPT: Final = 8
+NUM_KEPT: Final = 32
 """Results kept; older files are removed unless they have become an anchor."""
 Way = tuple[Hop, ...]
 Finished = tuple[Way, BlobRef | str]
@@ -73,15 +76,15 @@ class Folds:
                 self._failed[hops] = result
                 log.error("a way of %d deltas cannot be folded: %s", len(hops), result)
             self._uncollected.append((hops, result))
-        while len(self._found) > NUM_KEPT:
+        while len(self._found) > NUM_KEPT + len(self._uncollected):  # what is not collected may yet be pinned
             _, blob = self._found.popitem(last=False)
             if blob.digest != self._pinned and blob not in self._found.values():  # two ways may fold into the same file
                 self._store.remove(blob.digest)
 
     def _fold(self, hops: Way) -> None:
-        from protocol.fold import Leg, fold  # compiles loops, which only a broker that folds should pay for
-
         try:
+            from protocol.fold import Leg, fold  # compiles loops, which only a broker that folds should pay for
+
             legs = [Leg(self._map(hop.delta), hop.inverted) for hop in hops]
             result: BlobRef | str = self._store.add(fold(legs)[0])
         except Exception as error:  # whatever it was, somebody waits for the answer
@@ -91,4 +94,9 @@ class Folds:
 
     def _map(self, blob: BlobRef) -> memoryview:
         with self._store.path(blob.digest).open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if (
+            blake3.blake3(data).hexdigest() != blob.digest
+        ):  # a bit that flipped may decode, and would be wrong in all that is folded with it
+            raise DamagedDelta(f"blob {blob.digest[:16]} has other bytes in the store than its name says")
+        return data

@@ -372,6 +372,9 @@ class Ledger:
         if number is not None:
             if self.versions.by_number[number].standing is Standing.SUSPECT:
                 self._record(facts.VersionReproduced(number, self.progress.lineage))
+            needed = self.versions.files()
+            again = [blob for blob in (event.delta, event.compact, event.snapshot) if blob is not None and blob.digest not in needed]
+            self._effects.append(ev.RemoveBlobs(again))
         elif version.number != self.versions.next_number:
             reason = f"version {version.number} was offered, the next number is {self.versions.next_number}"
             self._answer(event.session, messages.LearnerRefused("publish", reason))

@@ -193,6 +193,11 @@ class Publications:
             hops.append(Hop(fact.delta, compact=fact.compact))
         return tuple(hops)
 
+    def before(self, hop: Hop) -> PolicyVersion:
+        """The version that a hop forwards starts from."""
+        (child,) = (publication.fact for publication in self.by_number.values() if publication.fact.delta == hop.delta)
+        return self.by_number[child.parent].version
+
     # --- anchor and retention
 
     def anchor_due(self) -> tuple[int, int, Way] | None:
@@ -226,6 +231,20 @@ class Publications:
         """Whether all deltas of a way are meant to be in the store still."""
         kept = {publication.fact.delta for publication in self.by_number.values() if publication.has_delta}
         return all(hop.delta in kept or (self.anchor is not None and hop.delta == self.anchor.delta) for hop in hops)
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a resumed learner may still arrive at versions published before."""
+        return any(publication.standing is Standing.SUSPECT for publication in self.by_number.values())
+
+    def files(self) -> set[str]:
+        """The digests of all files that any way may use."""
+        found = {self.anchor.delta.digest} if self.anchor is not None else set()
+        for publication in self.by_number.values():
+            fact = publication.fact
+            deltas = (fact.delta, fact.compact) if publication.has_delta else ()
+            found |= {blob.digest for blob in (*deltas, fact.snapshot) if blob is not None}
+        return found
 
     def delta_files(self, through: int) -> list[BlobRef]:
         """The delta files in the store of versions up to number `through`."""

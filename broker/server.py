@@ -101,6 +101,8 @@ class Server:
                 self._flush()
         finally:
             self.close()
+        if self._blobs.failure is not None:
+            raise self._blobs.failure
 
     def stop(self) -> None:
         """End `serve` soon; may be called from any thread or a signal handler."""
@@ -177,12 +179,16 @@ class BlobThread(threading.Thread):
     def __init__(self, channel: zmq.Socket[bytes], store: BlobStore, stopping: threading.Event) -> None:
         super().__init__(name="blobs", daemon=True)
         self._socket, self._store, self._stopping = channel, store, stopping
+        self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
             self._serve()
+        except BaseException as error:
+            self.failure = error  # without blobs nothing can go on: `Server.serve` raises it, and the supervisor starts the broker again
+            raise
         finally:
-            self._stopping.set()  # without blobs nothing can go on: the supervisor starts the broker again
+            self._stopping.set()
 
     def _serve(self) -> None:
         while not self._stopping.is_set():
