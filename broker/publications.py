@@ -145,16 +145,28 @@ class Publications:
 
     def way_from_nothing(self) -> Way | None:
         """How a newcomer gets to the newest version; None if there is none, or no root or delta is left to start with."""
-        newest, root = self.newest, self._root()
-        if newest is None or root is None:
+        found = self._from_nothing()
+        return None if found is None else found[1]
+
+    def _from_nothing(self) -> tuple[int, Way] | None:
+        """The root where a newcomer starts, and the way from there.
+
+        The last root that the newest version descends from comes first (a snapshot is there because what was before could not be followed),
+        by the anchor if it starts there; then, for a learner that has gone back behind that, any root from whose branch there is a way back.
+        """
+        newest, ours = self.newest, self._root()
+        if newest is None:
             return None
-        start: Literal["base", "snapshot"] = "base" if root.fact.is_base else "snapshot"
-        if self.anchor is not None and self.anchor.root == root.version.number:
-            rest = self._hops(self.anchor.number, newest.number)
-            if rest is not None:
-                return Way(start, root.fact.snapshot, (Hop(self.anchor.delta), *rest))
-        hops = self._hops(root.version.number, newest.number)
-        return None if hops is None else Way(start, root.fact.snapshot, hops)
+        anchored = self.anchor.root if self.anchor is not None else None
+        others = [number for number, publication in reversed(self.by_number.items()) if publication.is_root]
+        for number in dict.fromkeys([*([ours.version.number] if ours is not None else []), *others]):
+            rest = self._hops(self.anchor.number, newest.number) if self.anchor is not None and anchored == number else None
+            if rest is not None and self.anchor is not None:
+                return self._starting(number, (Hop(self.anchor.delta), *rest))
+            hops = self._hops(number, newest.number)
+            if hops is not None:
+                return self._starting(number, hops)
+        return None
 
     def _root(self) -> Publication | None:
         """The last version that a newcomer can start at and that the newest descends from."""
@@ -165,6 +177,10 @@ class Publications:
                 return publication
             number = publication.fact.parent
         return None
+
+    def _starting(self, root: int, hops: tuple[Hop, ...]) -> tuple[int, Way]:
+        fact = self.by_number[root].fact
+        return root, Way("base" if fact.is_base else "snapshot", fact.snapshot, hops)
 
     def _hops(self, begin: int, end: int) -> tuple[Hop, ...] | None:
         if begin not in self.by_number:
@@ -202,10 +218,10 @@ class Publications:
 
     def anchor_due(self) -> tuple[int, int, Way] | None:
         """Number and root of an anchor that should be made now, and the way to fold; None if none is due."""
-        newest, root, way = self.newest, self._root(), self.way_from_nothing()
-        if newest is None or root is None or way is None or len(way.hops) <= ANCHOR_EVERY:
+        newest, found = self.newest, self._from_nothing()
+        if newest is None or found is None or len(found[1].hops) <= ANCHOR_EVERY:
             return None
-        return newest.number, root.version.number, way
+        return newest.number, *found
 
     def set_anchor(self, fact: VersionAnchored) -> None:
         """Newcomers go by this anchor from now on."""
