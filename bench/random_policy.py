@@ -22,6 +22,8 @@ SHAPES = {
     # Llama-3.2-1B: 1.24e9 parameters with tied embeddings
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
            "head_dim": 64, "vocab_size": 128256},
+    "20mb": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8,
+             "head_dim": 64, "vocab_size": 512},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
              "head_dim": 32, "vocab_size": 512},
 }  # fmt: skip

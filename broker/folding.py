@@ -95,8 +95,7 @@ class Folds:
     def _map(self, blob: BlobRef) -> memoryview:
         with self._store.path(blob.digest).open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if (
-            blake3.blake3(data).hexdigest() != blob.digest
-        ):  # a bit that flipped may decode, and would be wrong in all that is folded with it
+        # A bit that flipped may decode, and would be wrong in all that is folded with it.
+        if blake3.blake3(data).hexdigest() != blob.digest:
             raise DamagedDelta(f"blob {blob.digest[:16]} has other bytes in the store than its name says")
         return data

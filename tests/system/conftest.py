@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from broker.control import ControlClient
 from broker.keys import load_key
 from protocol.errors import BrokerUnreachable
+from protocol.journal import JOURNAL_NAME, open_read_only
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_SECONDS = 180.0
@@ -34,9 +36,8 @@ class Background:
     def status(self) -> dict[str, Any] | None:
         """What the broker says; None while there is no answer."""
         try:
-            address = json.loads((self.directory / "broker.json").read_bytes())["address"]
             if self._control is None:
-                self._control = ControlClient(address, load_key(self.directory / "keys" / "admin.key"))
+                self._control = ControlClient(self.address(), load_key(self.directory / "keys" / "admin.key"))
             found: dict[str, Any] = msgspec.to_builtins(self._control.status(2.0))
         except (FileNotFoundError, BrokerUnreachable):
             return None
@@ -75,6 +76,29 @@ class Background:
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.02)  # a file that grows has no event to wait for
 
+    def until_version(self, name: str, number: int) -> dict[str, Any]:
+        """Wait until an actor samples from version `number` or a later one."""
+        return self.until(lambda status: version_of(status, name) >= number)
+
+    def until_sampled(self, name: str, number: int) -> int:
+        """Wait for a group of an actor with no token of a version before `number`; the version of its oldest token."""
+        found = -1
+
+        def is_there(_: object) -> bool:
+            nonlocal found
+            with closing(open_read_only(self.directory / JOURNAL_NAME)) as journal:
+                (newest,) = journal.execute("SELECT max(oldest_version) FROM groups WHERE actor = ?", (name,)).fetchone()
+            found = -1 if newest is None else newest
+            return found >= number
+
+        self.until(is_there)
+        return found
+
+    def address(self) -> str:
+        """Where the broker listens."""
+        found: str = json.loads((self.directory / "broker.json").read_bytes())["address"]
+        return found
+
     def close(self) -> None:
         if self._control is not None:
             self._control.close()
@@ -86,6 +110,12 @@ class Background:
     def output(self) -> str:
         logs = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted((self.directory / "logs").glob("*.log")))
         return (self.directory.parent / "up.txt").read_text() + logs
+
+
+def version_of(status: dict[str, Any], name: str) -> int:
+    """The version that an actor samples from by a status; -1 if it has none."""
+    versions: list[int] = [actor["version"] for actor in status["actors"] if actor["name"] == name]
+    return versions[0] if versions else -1
 
 
 def _arguments(process: psutil.Process) -> list[str]:
@@ -120,3 +150,31 @@ def start(
                 process.kill()
             os.killpg(background.process.pid, signal.SIGKILL)
             background.process.wait()
+
+
+@pytest.fixture
+def join(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., psutil.Popen]]:
+    """Start `cli.py actor` by itself, as on another machine: by a broker's address and the run's key, with a cache of its own."""
+    started: list[psutil.Popen] = []
+
+    def run(background: Background, name: str, address: str, *flags: str, before: Sequence[str] = ()) -> psutil.Popen:
+        command = [*before, sys.executable, str(ROOT / "cli.py"), "actor", "--name", name, "--broker", address]
+        command += ["--key", str(background.directory / "keys" / "actor.key"), *flags]
+        with (background.directory / "logs" / f"{name}.log").open("w") as log:
+            started.append(
+                psutil.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment | {"XDG_CACHE_HOME": str(tmp_path / f"cache-{name}"), "OMP_NUM_THREADS": "1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        return started[-1]
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
