@@ -48,8 +48,9 @@ PUBLISHER = "publisher"
 """Peer names of the learner in `Outgoing`: what it trains on, and what it publishes, are two conversations. Actors are "actor:<name>"."""
 FOLD_BYTES = 1 << 20
 FOLD_HOPS = 8
-LEFT_SECONDS = 3600.0
 """A way of more bytes or more deltas than this is folded first; a shorter one is given as it is, which takes no time to make."""
+LEFT_SECONDS = 3600.0
+"""A file in the store that nothing leads to is removed at a start of the broker once it is this old."""
 
 
 def actor_peer(name: str) -> str:

@@ -30,9 +30,10 @@ NUM_RELAYED: Final = 16
 """Weight files that a relay keeps for its neighbours after it has no use for them itself."""
 KEPT_SECONDS: Final = 30 * 24 * 3600.0
 """The policy's files are kept between runs, until nobody has used them for this long."""
-PASSED_OVER_SECONDS: Final = 60.0
 RELAY_SECONDS: Final = 30.0
 """A relay that is silent for this long is passed over."""
+PASSED_OVER_SECONDS: Final = 60.0
+"""A relay that did not help is not asked again for this long."""
 
 
 class Sources:
