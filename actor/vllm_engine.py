@@ -386,7 +386,7 @@ def _start_llm(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    class Llm(AsyncLLM):
+    class Llm(AsyncLLM):  # type: ignore[misc, unused-ignore]  # without vLLM installed the class is unknown to mypy
         def __del__(self) -> None:
             """Nothing: `close` has shut it down, and AsyncLLM's own fails at the interpreter's end."""
 
