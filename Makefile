@@ -6,7 +6,7 @@ CONFIG ?= examples/arithmetic.toml
 # The inference engine of `make up`: transformers, vllm or auto. Empty: as the configuration says.
 ENGINE ?=
 
-.PHONY: install vllm up test check format clean
+.PHONY: install vllm up test soak check format clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ up: install $(if $(filter vllm,$(ENGINE)),vllm)
 
 test: install vllm
 	$(BIN)/python -m pytest -q
+
+# The long versions of the fault tests: about half an hour.
+soak: install vllm
+	$(BIN)/python -m pytest -q --soak tests/faults tests/simulation tests/fuzz
 
 check: install
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ def learn(run: RunDirectory, config: Config, address: str, training: float) -> t
     port = NotingClient(address, load_key(run.keys / "learner.key"))
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
-    publisher = Publisher(model, OneRank(), port, port.join(0, 1), None, lambda: "")
+    publisher = Publisher(model, OneRank(), port, port.join(0, 1, {}), None, lambda: "")
     rng = np.random.default_rng(0)
 
     def publish(step: int) -> None:

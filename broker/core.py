@@ -17,7 +17,7 @@ import numpy as np
 from broker import events as ev
 from broker.blobs import BlobStore
 from broker.folding import Folds
-from broker.journal import Journal
+from broker.journal import Journal, RunJournal
 from broker.ledger import Ledger
 from broker.publications import ANCHOR_EVERY, Hop, Way
 from broker.status import StatusBook
@@ -70,18 +70,19 @@ class Broker:
         policy_files: list[NamedBlob],
         now: float,
         wall: float,
+        journal: RunJournal | None = None,
         run_beside: Callable[[Callable[[], None]], object] = lambda job: job(),
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """Start on a new run's directory, or recover a run from its journal.
 
-        `run_beside` carries out long work, at once or in another thread; `wake` is called there when `tick` has something to collect.
+        `journal` is open for this run; without one, the directory's own is opened. `run_beside` carries out long work, at once or in another thread; `wake` is called there when `tick` has something to collect.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self._policy_files, self._num_prompts = run, config, policy_files, num_prompts
         self._config_json = config_json(config)
         self.blobs = BlobStore(directory / "blobs")
-        self._journal = Journal(directory / JOURNAL_NAME, run, self._config_json)
+        self._journal = journal if journal is not None else Journal(directory / JOURNAL_NAME, run, self._config_json)
         self._metrics_path = directory / METRICS_NAME
         self.ledger = Ledger(config.pacing, config.run.seed, num_prompts, config.actor.num_actors)
         self.book = StatusBook(run, config.run.steps, now)
@@ -169,7 +170,7 @@ class Broker:
                     reason = f"the broker speaks protocol {PROTOCOL_VERSION}, this learner {message.protocol}"
                     self._send(LEARNER, session, messages.HelloRefused(reason))
                     return
-                self._handle(ev.LearnerHere(session, message.step, message.world_size), now, wall)
+                self._handle(ev.LearnerHere(session, message.step, message.world_size, message.environment), now, wall)
             case messages.NextBatch():
                 self._handle(ev.BatchWanted(session, message.step), now, wall)
             case messages.GetGroup():

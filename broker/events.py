@@ -71,6 +71,7 @@ class LearnerHere(Struct, frozen=True):
     session: str
     step: int
     world_size: int
+    environment: dict[str, str] = {}
 
 
 class BatchWanted(Struct, frozen=True):

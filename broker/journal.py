@@ -9,14 +9,33 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import blake3
 import msgspec
 
 from protocol import facts
 from protocol.errors import JournalCommitFailed
-from protocol.journal import FORMAT_VERSION, SCHEMA, JournalEntry, check_format, read_facts, read_payload
+from protocol.journal import FORMAT_VERSION, SCHEMA, JournalEntry, migrate, read_facts, read_payload
+
+
+class RunJournal(Protocol):
+    """What a broker asks of the record of its run."""
+
+    def entries(self) -> list[JournalEntry]:
+        """All facts that were committed, in order."""
+
+    def append(self, fact: facts.AnyFact, payload: bytes, wall: float) -> None:
+        """Add a fact (and a group's payload) to what the next commit makes durable. Raises JournalCommitFailed."""
+
+    def commit(self) -> None:
+        """Make everything appended durable. Raises JournalCommitFailed, after which this object is of no more use."""
+
+    def payload(self, ticket: int) -> bytes | None:
+        """The payload of the group accepted last for `ticket`, None if there is none."""
+
+    def close(self) -> None:
+        """Release it. What was appended and not committed is forgotten."""
 
 
 class Journal:
@@ -35,7 +54,7 @@ class Journal:
             self._connection.execute("PRAGMA synchronous = FULL")
             if not num_tables:
                 self._create(run, config)
-            check_format(self._connection, path)
+            migrate(self._connection, path)
             (self._lsn,) = self._connection.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
         except sqlite3.Error as error:
             raise JournalCommitFailed(path, str(error)) from error
@@ -100,6 +119,8 @@ class Journal:
             case facts.StepCommitted():
                 row = (self._lsn, fact.step, fact.lineage, fact.batch, max(fact.lags), _json(fact.lags), _json(fact.metrics))
                 self._insert("steps", row)
+            case facts.LearnerStarted():
+                self._insert("sessions", (self._lsn, fact.session, fact.lineage, fact.step, fact.world_size, _json(fact.environment)))
             case facts.VersionPublished(version=version, delta=delta, snapshot=snapshot):
                 row = (
                     version.number, self._lsn, version.step, version.lineage, version.root, fact.parent,

@@ -76,11 +76,10 @@ class LearnerClient:
         """Bring a blob into `store`; its path there."""
         return self._blobs.get(blob, store)
 
-    def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
+    def join(self, step: int, world_size: int, environment: dict[str, str]) -> messages.LearnerWelcome:
         self._activity.step = step
-        return self._request(
-            messages.LearnerHello(PROTOCOL_VERSION, self._session, step, world_size), messages.LearnerWelcome, "the welcome"
-        )
+        hello = messages.LearnerHello(PROTOCOL_VERSION, self._session, step, world_size, environment)
+        return self._request(hello, messages.LearnerWelcome, "the welcome")
 
     def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
         self._activity.step = step

@@ -276,7 +276,7 @@ class Ledger:
             if event.step > self.progress.step:
                 self._answer(event.session, messages.LearnerRefused("hello", self._ahead(event.step)))
                 return
-            self._record(facts.LearnerStarted(event.session, self.progress.lineage + 1, event.step, event.world_size))
+            self._record(facts.LearnerStarted(event.session, self.progress.lineage + 1, event.step, event.world_size, event.environment))
         lineage, number = self.progress.lineage, self.versions.next_number
         self._effects.append(ev.WelcomeLearner(event.session, lineage, number))
 

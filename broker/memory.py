@@ -170,8 +170,9 @@ class MemoryLearnerPort:
         self.session = os.urandom(6).hex()
         self.inbox: list[tuple[messages.Message, bytes]] = []
 
-    def join(self, step: int, world_size: int) -> messages.LearnerWelcome:
-        return self._ask(messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size), messages.LearnerWelcome)
+    def join(self, step: int, world_size: int, environment: dict[str, str]) -> messages.LearnerWelcome:
+        hello = messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size, environment)
+        return self._ask(hello, messages.LearnerWelcome)
 
     def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
         while True:

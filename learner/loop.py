@@ -17,6 +17,7 @@ import torch
 
 from learner import checkpoint
 from learner.batch import Batch, make_batch
+from learner.environment import environment
 from learner.evaluate import evaluate
 from learner.model import load_model
 from learner.publish import Published, Publisher
@@ -138,7 +139,7 @@ class Learner:
             return ""
 
     def _join(self, port: LearnerPort) -> LearnerWelcome:
-        welcome = port.join(self.step, self._ranks.world_size)
+        welcome = port.join(self.step, self._ranks.world_size, environment(self._trainer.device))
         if self._checkpoint:
             log.info("resumed at step %d from %s, lineage %d", self.step, self._checkpoint, welcome.lineage)
         return welcome

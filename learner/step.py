@@ -50,7 +50,7 @@ class Trainer:
         self._config, self._loss, self._num_steps, self._temperature = learner, loss, num_steps, temperature
         self._ranks = ranks
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._device = self._parameters[0].device
+        self.device = self._parameters[0].device
         self.optimizer = torch.optim.AdamW(
             self._parameters,
             lr=learner.lr,
@@ -65,13 +65,13 @@ class Trainer:
         """Turn theta_step into theta_{step+1} with `batch`; returns the step's metrics, the same on every rank."""
         microbatches = self._microbatches(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(len(STATISTICS) + 2, dtype=torch.float64, device=self._device)
+        totals = torch.zeros(len(STATISTICS) + 2, dtype=torch.float64, device=self.device)
         for micro, tokens in microbatches:
             logprobs, entropy = completion_logprobs(self.model, micro, self._temperature)
             result = objective(logprobs, tokens, self._loss)
             (-result.value).backward()  # type: ignore[no-untyped-call]
             totals += torch.stack(
-                [*(result.statistics[name].to(self._device) for name in STATISTICS), result.value.detach().double(), entropy.double()]
+                [*(result.statistics[name].to(self.device) for name in STATISTICS), result.value.detach().double(), entropy.double()]
             )
         self._ranks.sum_(totals)
         grad_norm = self._sum_gradients()
@@ -105,7 +105,7 @@ class Trainer:
 
     @torch.no_grad()
     def _prepare(self, batch: Batch, sequences: list[Sequence]) -> tuple[Microbatch, TokenBatch]:
-        micro = collate(sequences, self._device)
+        micro = collate(sequences, self.device)
         weights = token_weights(micro.num_tokens, micro.mask.shape[1], self._loss.aggregate, len(batch.sequences), batch.num_tokens)
         proximal = reference = None
         if self._loss.importance_cap is not None:

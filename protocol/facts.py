@@ -186,6 +186,8 @@ class LearnerStarted(Fact, frozen=True):
     lineage: int
     step: int
     world_size: int
+    environment: dict[str, str] = {}
+    """What the bits of its arithmetic depend on beside the data: libraries, processor, device, threads."""
 
 
 class LearnerFinished(Fact, frozen=True):

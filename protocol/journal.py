@@ -18,7 +18,15 @@ from protocol.errors import JournalDamaged, JournalError
 from protocol.facts import AnyFact
 
 JOURNAL_NAME: Final = "journal.sqlite"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""What is written. Format 1 has no `sessions`; it is read as it is, and a broker that goes on with such a journal brings it up to date."""
+
+_SESSIONS: Final = """
+CREATE TABLE sessions (
+    lsn INTEGER PRIMARY KEY, session TEXT NOT NULL, lineage INTEGER NOT NULL, step INTEGER NOT NULL, world_size INTEGER NOT NULL,
+    environment TEXT NOT NULL
+) STRICT
+"""
 
 SCHEMA: Final = (
     """
@@ -62,8 +70,20 @@ CREATE TABLE steps (
     lags TEXT NOT NULL, metrics TEXT NOT NULL
 ) STRICT
 """,
+    _SESSIONS,
 )
 """The statements that make an empty journal."""
+
+MIGRATIONS: Final = {
+    1: (
+        _SESSIONS,
+        """
+INSERT INTO sessions SELECT lsn, body ->> 'session', body ->> 'lineage', body ->> 'step', body ->> 'world_size', '{}'
+FROM events WHERE fact = 'LearnerStarted' ORDER BY lsn
+""",
+    )
+}
+"""For each earlier format, the statements that make it the next one."""
 
 
 class JournalEntry(NamedTuple):
@@ -82,18 +102,36 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     if not path.exists():
         raise JournalError(f"there is no journal at {path}. Give the directory of a run.")
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)
-    check_format(connection, path)
+    try:
+        format_of(connection, path)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def check_format(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise JournalError unless the journal has this program's format version."""
+def format_of(connection: sqlite3.Connection, path: Path) -> int:
+    """The format version of a journal. Raises JournalError for one that this program cannot read."""
     try:
         (found,) = connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() or ("none",)
     except sqlite3.DatabaseError as error:
         raise JournalDamaged(path, "table meta", str(error)) from None
-    if found != str(FORMAT_VERSION):
-        raise JournalError(f"journal {path} has format {found}, this program reads {FORMAT_VERSION}. Use the version that wrote it.")
+    known = {str(version): version for version in (*MIGRATIONS, FORMAT_VERSION)}
+    if found not in known:
+        raise JournalError(
+            f"journal {path} has format {found}, this program reads {min(known)} to {FORMAT_VERSION}. Use the version that wrote it."
+        )
+    return known[found]
+
+
+def migrate(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring a journal up to FORMAT_VERSION, in one transaction for each step. Raises JournalError for one that this program cannot read."""
+    while (found := format_of(connection, path)) < FORMAT_VERSION:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in MIGRATIONS[found]:
+            connection.execute(statement)
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (str(found + 1),))
+        connection.execute("COMMIT")
 
 
 def read_facts(connection: sqlite3.Connection, path: Path) -> Iterator[JournalEntry]:

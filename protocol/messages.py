@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from protocol.weights import BlobRef, PolicyVersion
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 CHUNK_BYTES: Final = 1 << 20
 HEARTBEAT_SECONDS: Final = 1.0
 """Every peer reports at least this often, whatever it is doing."""
@@ -24,6 +24,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^(?!\.+\Z)[\w
 MAX_TEXT: Final = 4096
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Label = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Number = Annotated[int, Meta(ge=-1, le=1 << 53)]
 """The number of a version; -1 for none."""
@@ -204,6 +205,8 @@ class LearnerHello(Message, frozen=True):
     session: Name
     step: Count
     world_size: Count
+    environment: dict[Label, Label] = {}
+    """What the bits of its arithmetic depend on beside the data: libraries, processor, device, threads."""
 
 
 class NextBatch(Message, frozen=True):

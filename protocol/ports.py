@@ -81,8 +81,8 @@ class LearnerPort(Protocol):
     `put_blob` and `publish` may be called from a second thread, beside one that trains; all else belongs to one thread.
     """
 
-    def join(self, step: int, world_size: int) -> LearnerWelcome:
-        """Say hello with weights of `step`. Raises RequestRefused if they are not of this run."""
+    def join(self, step: int, world_size: int, environment: dict[str, str]) -> LearnerWelcome:
+        """Say hello with weights of `step`, and on what they are trained. Raises RequestRefused if they are not of this run."""
 
     def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
         """The batch that `step` uses; waits for it, and meanwhile calls `while_waiting` every second or so. None when the run is to stop."""

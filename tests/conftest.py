@@ -16,6 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 UP_SECONDS = 240
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="the long versions: minutes of random faults, thousands of seeds, a million inputs")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether the long version was asked for, `make soak`."""
+    return bool(request.config.getoption("--soak"))
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a random Llama of 20,000 parameters and a character tokenizer."""

@@ -101,7 +101,7 @@ class Rig:
         """A new learner, from a checkpoint."""
         await self.call(self.learner.close)
         self.learner = await self.call(self._make_learner)
-        self.lineage = (await self.call(self.learner.join, step, 1)).lineage
+        self.lineage = (await self.call(self.learner.join, step, 1, {})).lineage
 
     async def publish(self, step: int, data: bytes = b"weights") -> None:
         blob = await self.call(self.learner.put_blob, data)
@@ -239,7 +239,7 @@ async def test_a_welcome_tells_the_run_and_its_configuration(rig: Rig) -> None:
 
 
 async def test_groups_reach_the_learner_in_ticket_order_and_unchanged(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     port = await rig.join("a")
     first, second = await take(port), await take(port)
@@ -258,7 +258,7 @@ async def test_groups_reach_the_learner_in_ticket_order_and_unchanged(rig: Rig) 
 
 
 async def test_pacing_holds_tickets_back_until_a_newer_version_is_held(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     port = await rig.join("a")
     for _ in range(4):  # max_lag 1: batches 0 and 1 may be sampled from version 0
@@ -279,7 +279,7 @@ async def test_pacing_holds_tickets_back_until_a_newer_version_is_held(rig: Rig)
 
 
 async def test_a_failed_ticket_comes_again_with_the_same_prompt_and_seed(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     port = await rig.join("a")
     ticket = await take(port)
@@ -291,7 +291,7 @@ async def test_a_failed_ticket_comes_again_with_the_same_prompt_and_seed(rig: Ri
 
 
 async def test_tickets_of_an_actor_that_leaves_go_to_another(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     one = await rig.join("a")
     mine = await take(one)
@@ -322,7 +322,7 @@ async def test_a_blob_that_nobody_stored_is_refused(rig: Rig) -> None:
 
 
 async def test_a_learner_that_waits_for_a_batch_calls_back_meanwhile_and_an_error_there_ends_the_wait(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     calls = []
 
     def while_waiting() -> None:
@@ -338,7 +338,7 @@ async def test_a_learner_that_waits_for_a_batch_calls_back_meanwhile_and_an_erro
 async def test_publications_go_on_beside_a_wait_for_a_batch(rig: Rig) -> None:
     if rig.is_memory:
         pytest.skip("the port in memory belongs to one thread")
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     waiting = threading.Event()
     batch = asyncio.ensure_future(rig.call(rig.learner.next_batch, 0, waiting.set))
     assert await asyncio.to_thread(waiting.wait, DEADLINE_SECONDS)
@@ -353,11 +353,11 @@ async def test_publications_go_on_beside_a_wait_for_a_batch(rig: Rig) -> None:
 
 
 async def test_a_learner_whose_place_another_has_taken_is_refused_its_publications(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     before, lineage = rig.learner, rig.lineage
     rig.learner = await rig.call(rig._make_learner)
-    rig.lineage = (await rig.call(rig.learner.join, 0, 1)).lineage
+    rig.lineage = (await rig.call(rig.learner.join, 0, 1, {})).lineage
     blob = await rig.call(rig.learner.put_blob, b"late")
     late = Publish(PolicyVersion(1, 0, lineage, "ab" * 32), 0, None, blob, 4, 4)
     with pytest.raises(RequestRefused):
@@ -367,7 +367,7 @@ async def test_a_learner_whose_place_another_has_taken_is_refused_its_publicatio
 
 
 async def test_a_publication_that_is_said_twice_is_one(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     blob = await rig.call(rig.learner.put_blob, b"weights")
     said = Publish(PolicyVersion(0, 0, 0, "ab" * 32), -1, None, blob, 7, 7)
     first, second = await rig.call(rig.learner.publish, said), await rig.call(rig.learner.publish, said)
@@ -382,7 +382,7 @@ async def test_before_anything_is_published_a_route_leads_nowhere(rig: Rig) -> N
 
 
 async def test_a_route_leads_from_nothing_over_a_snapshot_and_from_the_newest_nowhere(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     port = await rig.join("a")
     found = await rig.route(port, -1)
@@ -396,7 +396,7 @@ async def test_a_route_leads_from_nothing_over_a_snapshot_and_from_the_newest_no
 
 @pytest.mark.parametrize("length", [1, 3, FOLD_HOPS + 2])
 async def test_a_route_leads_to_the_newest_version_from_wherever_an_actor_is(rig: Rig, length: int) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     for _ in range(length):
         await rig.publish_child()
@@ -420,7 +420,7 @@ async def test_a_newcomer_has_the_files_of_the_base_from_the_welcome(rig: Rig) -
 
 
 async def test_a_route_leads_on_from_an_orphaned_version(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     kept = await rig.publish_child()
     for _ in range(2):
@@ -437,7 +437,7 @@ async def test_a_route_leads_on_from_an_orphaned_version(rig: Rig) -> None:
 
 
 async def test_a_newcomer_starts_at_the_last_snapshot_and_goes_on_by_deltas(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     await rig.publish_child()
     await rig.publish_child(snapshot=True)
@@ -451,7 +451,7 @@ async def test_a_newcomer_starts_at_the_last_snapshot_and_goes_on_by_deltas(rig:
 
 
 async def test_routes_lead_over_anchors(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     for _ in range(2 * ANCHOR_EVERY + 5):
         await rig.publish_child()
@@ -466,7 +466,7 @@ async def test_routes_lead_over_anchors(rig: Rig) -> None:
 
 @pytest.mark.parametrize("held", [-1, 0])
 async def test_an_actor_waits_while_its_way_is_folded_and_nobody_else_does(rig: Rig, held: int) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     for _ in range(FOLD_HOPS + 1):
         await rig.publish_child()
@@ -485,7 +485,7 @@ async def test_an_actor_waits_while_its_way_is_folded_and_nobody_else_does(rig: 
 
 
 async def test_an_actor_that_leaves_while_its_way_is_folded_leaves_nothing_behind(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     for _ in range(FOLD_HOPS + 1):
         await rig.publish_child()
@@ -504,7 +504,7 @@ async def test_an_actor_that_leaves_while_its_way_is_folded_leaves_nothing_behin
 
 
 async def test_a_way_that_did_not_lead_there_makes_the_next_publication_bring_a_snapshot(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish_base()
     await rig.publish_child()
     port = await rig.join("a")
@@ -521,14 +521,14 @@ async def test_a_way_that_did_not_lead_there_makes_the_next_publication_bring_a_
 
 
 async def test_a_publication_whose_blob_is_not_stored_is_refused(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     version = PolicyVersion(0, 0, 0, "ab" * 32)
     with pytest.raises(RequestRefused, match="not in the store"):
         await rig.call(rig.learner.publish, Publish(version, -1, None, BlobRef("ab" * 32, 5), 5, 5))
 
 
 async def test_the_end_of_the_run_reaches_everybody(rig: Rig) -> None:
-    await rig.call(rig.learner.join, 0, 1)
+    await rig.call(rig.learner.join, 0, 1, {})
     await rig.publish(0)
     port = await rig.join("a")
     for _ in range(4):
@@ -545,4 +545,4 @@ async def test_the_end_of_the_run_reaches_everybody(rig: Rig) -> None:
 
 async def test_a_learner_that_claims_steps_the_journal_does_not_know_is_refused(rig: Rig) -> None:
     with pytest.raises(RequestRefused, match="journal ends at step 0"):
-        await rig.call(rig.learner.join, 3, 1)
+        await rig.call(rig.learner.join, 3, 1, {})

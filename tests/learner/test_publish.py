@@ -474,7 +474,7 @@ class LearnerPort(StoringPort):
         self.batches = [batch]
         self.committed: list[int] = []
 
-    def join(self, step: int, world_size: int) -> LearnerWelcome:
+    def join(self, step: int, world_size: int, environment: dict[str, str]) -> LearnerWelcome:
         return LearnerWelcome(2, "run", 0, 0)
 
     def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch:
