@@ -140,13 +140,28 @@ class Publications:
     def way_from(self, held: int) -> Way | None:
         """How to get from version `held` to the newest, up to their common ancestor and down again; None if that cannot be told."""
         newest = self.newest
-        hops = None if newest is None else self._hops(held, newest.number)
-        return None if hops is None else Way("held", None, hops)
+        return None if newest is None else self.way_between(held, newest.number)
 
     def way_from_nothing(self) -> Way | None:
         """How a newcomer gets to the newest version; None if there is none, or no root or delta is left to start with."""
         found = self._from_nothing()
         return None if found is None else found[1]
+
+    def way_to(self, number: int) -> Way | None:
+        """How to get from nothing to version `number`, whatever its standing, by the files that are left; None if there is no way."""
+        roots = [root for root, publication in reversed(self.by_number.items()) if publication.is_root]
+        for root in roots:
+            hops = self._hops(root, number)
+            if hops is not None:
+                return self._starting(root, hops)[1]
+        if self.anchor is not None and (hops := self._hops(self.anchor.number, number)) is not None:
+            return self._starting(self.anchor.root, (Hop(self.anchor.delta), *hops))[1]
+        return None
+
+    def way_between(self, held: int, number: int) -> Way | None:
+        """How to get from version `held` to version `number`, whatever their standing; None if that cannot be told."""
+        hops = self._hops(held, number)
+        return None if hops is None else Way("held", None, hops)
 
     def _from_nothing(self) -> tuple[int, Way] | None:
         """The root where a newcomer starts, and the way from there.

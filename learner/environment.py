@@ -15,7 +15,7 @@ import transformers
 def environment(device: torch.device) -> dict[str, str]:
     """Libraries, processor, device and threads of this process, by name."""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str
         "transformers": transformers.__version__,
         "machine": platform.machine(),
         "processor": _processor(),

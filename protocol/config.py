@@ -6,21 +6,34 @@ Every field stands once, with its default and what it does. Whatever follows fro
 from __future__ import annotations
 
 import difflib
+import json
+import json
 import tomllib
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protocol.errors import ConfigError
 from protocol.pacing import Pacing, smallest_max_lag
 
 
+MAX_INTEGER: Final = 1 << 53
+"""What a message, a journal and a JSON reader in any language can hold."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_held(cls, value: object) -> object:
+        if isinstance(value, int) and value > MAX_INTEGER:
+            raise ValueError(f"should be at most {MAX_INTEGER}")
+        return value
 
 
 class RunConfig(_Section):
@@ -231,7 +244,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             "config file", str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file, see examples/"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # beside its own error, tomllib lets through those of numbers and nesting without end
         raise ConfigError("config file", str(path), f"is not valid TOML ({error})", "mend the line it names") from None
     for override in overrides:
         _override(data, override)
@@ -246,9 +259,30 @@ def parse_config(data: dict[str, Any]) -> Config:
         raise _config_error(error) from None
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `section.field=value` overrides applied. Raises ConfigError."""
+    data = config.model_dump(mode="json")
+    for override in overrides:
+        _override(data, override)
+    return parse_config(data)
+
+
+def parse_config_json(text: str | bytes) -> Config:
+    """The configuration in JSON, as `config_json` writes it. Raises ConfigError."""
+    return parse_config(json.loads(text))
+
+
 def config_json(config: Config) -> str:
-    """A configuration as JSON, complete; `parse_config` of it gives the same configuration."""
-    return config.model_dump_json(indent=2)
+    """A configuration as JSON, complete; `parse_config` of it gives the same configuration.
+
+    Raises ConfigError for options of a task that JSON cannot hold.
+    """
+    try:
+        text = config.model_dump_json(indent=2)
+        json.loads(text)  # a number can have more digits than may be read again
+    except ValueError as error:
+        raise ConfigError("task", config.task.name, f"its options cannot be kept as JSON ({error})", "shorten or flatten them") from None
+    return text
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -258,7 +292,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError("--set", override, "is not section.field=value", "for example --set learner.lr=1e-5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     if not isinstance(data.setdefault(section, {}), dict):
         raise ConfigError(section, data[section], "is not a section", f"write [{section}] and its fields below it")

@@ -25,12 +25,25 @@
     ├── EngineError              an inference engine cannot start or generate
     ├── EngineDied               an inference engine is gone; its actor ends and is started again
     ├── CheckpointError          a checkpoint is missing or does not fit the run
+    ├── ReplayDiffers            a replay does not arrive at the recorded weights
     └── RunHalted                the run was stopped because going on would be useless
 
 Each message says what happened, with the value, and what to do next.
 """
 
 from __future__ import annotations
+
+
+MAX_SHOWN = 500
+
+
+def _shown(value: object) -> str:
+    """`value` as a message shows it. A file can hold numbers and nesting that Python does not write out."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class SlipstreamError(Exception):
@@ -46,7 +59,7 @@ class ConfigError(SlipstreamError):
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
         self.field, self.value, self.problem, self.fix = field, value, problem, fix
-        super().__init__(f"{field} = {value!r}: {problem}. Fix: {fix}")
+        super().__init__(f"{field} = {_shown(value)}: {problem}. Fix: {fix}")
 
 
 class ProtocolError(SlipstreamError):
@@ -234,6 +247,15 @@ class CheckpointError(SlipstreamError):
     """A checkpoint is missing, incomplete or of another run."""
 
     exit_code = 2
+
+
+class ReplayDiffers(SlipstreamError):
+    """A replay published other weights than the run; the message says where they differ."""
+
+    exit_code = 6
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"the replay is not the run: {where}")
 
 
 class RunHalted(SlipstreamError):

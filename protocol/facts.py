@@ -24,6 +24,8 @@ class RunStarted(Fact, frozen=True):
 
     run: str
     recovered_facts: int
+    config: str = ""
+    """The resolved configuration from here on, as JSON. Empty in journals of format 1, whose `meta` has it."""
 
 
 class ActorJoined(Fact, frozen=True):
