@@ -59,6 +59,8 @@ class RankPlan(msgspec.Struct, frozen=True):
     run: str
     policy: str
     folder: str
+    first: int
+    """The first step of interest; what lies between it and the checkpoint is replayed without a word."""
     end: int
     config: str
     how: Replayed
@@ -171,6 +173,7 @@ def _replay_segment(
         run=str(run.path.resolve()),
         policy=str(policy),
         folder=str(folder),
+        first=options.first,
         end=end,
         config=config_json(config),
         how=Replayed(not options.overrides, options.tolerance),
@@ -233,7 +236,7 @@ def replay_rank(path: Path) -> None:
         if plan.stepping and port is not None:
             from deploy.step_console import StepConsole
 
-            observer = StepConsole(port, Path(plan.policy), config, input, _say)
+            observer = StepConsole(port, Path(plan.policy), config, plan.first, input, _say)
         # A what-if evaluates, since its weights are its own; a replay of the run has the run's own evaluations.
         learner = build_learner(
             config, read_history(Path(plan.run) / JOURNAL_NAME).run, Path(plan.policy), Path(plan.folder) / "checkpoints", ranks, port, device,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from broker.replay import Difference, StepRow
 
 if TYPE_CHECKING:
@@ -65,24 +63,27 @@ def _ratio(replay: Replay) -> str:
     return f" (the learner was busy for {ours:.1f} s; in the run, {busy:.1f} s): {replay.wall_seconds / busy:.2f} of the run's busy time"
 
 
-def side_by_side(replay: Replay) -> Table:
-    """Metrics of the run and of the what-if: means over the first, middle and last tenth of the steps, and held-out rewards."""
-    rows = [row for row in replay.rows if row.step >= replay.first]
+def side_by_side(replay: Replay, first: int) -> list[str]:
+    """Metrics of the run and of the what-if from step `first` on: means over the first, middle and last tenth, and held-out rewards."""
+    rows = [row for row in replay.rows if row.step >= first]
     tenth = max(1, len(rows) // 10)
     parts = [rows[:tenth], rows[(len(rows) - tenth) // 2 :][:tenth], rows[-tenth:]]
-    table = Table(title="recorded | what-if (off-policy)", title_justify="left")
-    table.add_column("metric")
-    for part in parts:
-        table.add_column(f"steps {part[0].step}-{part[-1].step}", justify="right")
+    lines = [
+        _line("means over steps", [cell for part in parts for cell in (f"{part[0].step}-{part[-1].step}", "")]),
+        _line("off-policy", ["recorded", "what-if"] * len(parts)),
+    ]
     for name in COMPARED:
         if any(name in row.metrics for row in rows):
-            table.add_row(
-                name, *(f"{_recorded(replay.history, part, name)} | {_mean([row.metrics.get(name) for row in part])}" for part in parts)
-            )
+            pairs = [(_recorded(replay.history, part, name), _mean([row.metrics.get(name) for row in part])) for part in parts]
+            lines.append(_line(name, [cell for pair in pairs for cell in pair]))
     for step, reward in sorted({step: reward for result in replay.results for step, reward in result.evaluations.items()}.items()):
-        recorded = replay.history.evaluations.get(step)
-        table.add_row(f"held-out reward at step {step}", "", "", f"{_number(recorded)} | {_number(reward)}")
-    return table
+        if step >= first:
+            lines.append(_line(f"held-out, step {step}", [_number(replay.history.evaluations.get(step)), _number(reward)]))
+    return lines
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<22}" + "".join(f"{cell:>{13 if place % 2 == 0 else 11}}" for place, cell in enumerate(cells))
 
 
 def _recorded(history: History, part: Sequence[StepRow], name: str) -> str:

@@ -21,29 +21,31 @@ from learner.step import Trainer
 from protocol.config import Config
 from protocol.groups import Group, decode_group
 
-HELP = """  enter       take the step          n K         take K steps          c   go on to the end      q   stop here
+HELP = """  enter       take the step          n K         take K steps          c   go on to the end      q   take it and stop
   g           list the groups        g TICKET    one group in full     t TICKET   its tokens     h   this help"""
 
 
 class StepConsole:
     """Implements learner.observe.StepObserver, on rank 0."""
 
-    def __init__(self, port: ReplayPort, policy: Path, config: Config, ask: Callable[[str], str], show: Callable[[str], None]) -> None:
-        """`ask` shows a prompt and returns a line, `show` shows a line."""
+    def __init__(
+        self, port: ReplayPort, policy: Path, config: Config, first: int, ask: Callable[[str], str], show: Callable[[str], None]
+    ) -> None:
+        """Ask from step `first` on. `ask` shows a prompt and returns a line, `show` shows a line."""
         from transformers import AutoTokenizer
 
         self._port, self._config, self._ask, self._show = port, config, ask, show
         self._tokenizer: Any = AutoTokenizer.from_pretrained(policy)
         self._meter: UpdateMeter | None = None
-        self._num_to_take = 0
+        self._num_to_take, self._first = 0, first
         self._batch: tuple[list[Group], list[np.ndarray[Any, Any]], Batch] | None = None
         show(HELP)
 
     def before(self, step: int, batch: Batch, trainer: Trainer) -> None:
         """Show the batch, and ask until a step is to be taken."""
         self._meter = self._meter or UpdateMeter(trainer.model)
-        if self._num_to_take:
-            self._num_to_take -= 1
+        if self._num_to_take or step < self._first:
+            self._num_to_take = max(0, self._num_to_take - 1)
             return
         assert self._port.batch is not None
         groups = [decode_group(payload) for payload in self._port.batch.payloads]
