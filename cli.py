@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 app = typer.Typer(
     name="slipstream",
@@ -30,28 +33,42 @@ RUNS = Path("runs")
 
 @app.command()
 def up(
-    config: Annotated[Path, typer.Argument(help="A TOML file, see examples/.")],
+    config: Annotated[Path | None, typer.Argument(help="A TOML file, see examples/. Not with --resume.")] = None,
     overrides: SetOption = [],  # noqa: B006
     directory: Annotated[Path | None, typer.Option(help="The run's directory. Default: made below run.directory.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this directory.")] = None,
     serial: Annotated[bool, typer.Option("--serial", help="All roles in this one process, over in-memory ports.")] = False,
 ) -> None:
-    """Train: prepare the policy, start broker, actors and learner on this machine, and show what happens."""
+    """Train: prepare the policy, start broker, actors and learner on this machine, and show what happens. Or go on with a run."""
     from rich.console import Console
 
     from analysis.report import finish_run
     from deploy.local import LocalRun
     from deploy.monitor import Monitor
     from deploy.prepare import prepare_run
+    from deploy.resume import NOTHING, go_on, open_run, sole_supervisor, wanted_actors
     from deploy.wiring import choose_engine
     from protocol.config import load_config
-    from protocol.errors import SlipstreamError
+    from protocol.errors import ConfigError, SlipstreamError
 
+    if (config is None) == (resume is None) or (resume is not None and (directory is not None or serial)):
+        raise ConfigError("up", "", "goes by a configuration or goes on with a run", "give CONFIG, or --resume RUN with nothing but --set")
     console = Console(highlight=False)
-    settings = load_config(config, overrides)
-    if settings.actor.num_actors:
-        choose_engine(settings.actor.engine)
-    with Monitor(console) as monitor:
-        run = prepare_run(settings, directory, monitor.say)
+    with Monitor(console) as monitor, contextlib.ExitStack() as held:
+        past = NOTHING
+        if config is not None:
+            settings = load_config(config, overrides)
+            if settings.actor.num_actors:
+                choose_engine(settings.actor.engine)
+            run = prepare_run(settings, directory, monitor.say)
+            held.enter_context(sole_supervisor(run))
+        else:
+            run = open_run(resume)
+            held.enter_context(sole_supervisor(run))
+            found = go_on(run, overrides, monitor.say)
+            if found is None:
+                return
+            past = found
         monitor.say(f"run: {run.path}")
         if serial:
             from deploy.wiring import run_serial
@@ -60,7 +77,7 @@ def up(
             run_serial(run)
         else:
             try:
-                LocalRun(run, monitor).go()
+                LocalRun(run, monitor, past, wanted_actors(run, overrides)).go()
             except (SlipstreamError, KeyboardInterrupt):
                 with contextlib.suppress(SlipstreamError):
                     finish_run(run.path)
@@ -120,25 +137,36 @@ def learner(
 ) -> None:
     """Run the learner's ranks on this machine under torchrun."""
     from broker.keys import load_key
-    from deploy.local import torchrun_command
+    from deploy.rundir import RunDirectory
+    from deploy.torchrun import learn, torchrun_arguments
     from deploy.wiring import fetch_run
 
     start_role(parent)
-    if not (folder / "run.json").exists():
+    if not parent:  # under `up` the folder is the run's own
         fetch_run(broker, load_key(key), folder)
-    command = torchrun_command(folder, broker, key, ranks, nodes, rendezvous)
-    os.execv(command[0], command)
+    arguments = torchrun_arguments(folder, broker, key, ranks, nodes, rendezvous, os.getpid())
+    raise typer.Exit(learn(arguments, RunDirectory(folder), is_supervised=bool(parent)))
 
 
 @app.command("learner-rank", hidden=True)
-def learner_rank(broker: BrokerOption, key: KeyOption, folder: Annotated[Path, typer.Option()]) -> None:
+def learner_rank(broker: BrokerOption, key: KeyOption, folder: Annotated[Path, typer.Option()], parent: ParentOption = 0) -> None:
     """One rank of the learner; torchrun starts it."""
     from broker.keys import load_key
     from deploy.rundir import RunDirectory
     from deploy.wiring import run_learner_rank
 
-    start_role(os.getppid())
+    start_role(parent or os.getppid())
     run_learner_rank(RunDirectory(folder), broker, load_key(key))
+
+
+@app.command(hidden=True)
+def score(parent: ParentOption = 0) -> None:
+    """Compute rewards for an actor, which starts it."""
+    from actor.scoring import serve_scores, take_standard_streams
+    from tasks.registry import load_task
+
+    start_role(parent)
+    serve_scores(*take_standard_streams(), load_task)
 
 
 @app.command(hidden=True)
@@ -221,6 +249,226 @@ def report(run: RunOption = None) -> None:
         typer.echo(line)
 
 
+# --- a run's recording
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, from this machine or another.")],
+    first: Annotated[int, typer.Option("--from", min=0, help="The first step of interest: begin at the checkpoint before it.")] = 0,
+    end: Annotated[int | None, typer.Option("--to", min=1, help="Stop before this step.")] = None,
+    overrides: SetOption = [],  # noqa: B006
+    step: Annotated[bool, typer.Option("--step", help="One optimizer step at a time, at a prompt.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Learner ranks. Default: as many as in the run.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Largest drift where roots need not be equal, as a share of what the run moved.")
+    ] = None,
+    broker: Annotated[
+        bool, typer.Option("--broker", help="Instead: the recorded arrivals through the ledger alone, for --set policy.max_lag.")
+    ] = False,
+    actor: Annotated[
+        int | None, typer.Option("--actor", metavar="TICKET", help="Instead: have an actor generate this group again.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="With --actor: transformers or vllm. Default: what made the group.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the metrics and the last checkpoint in this folder.")] = None,
+) -> None:
+    """Train again on the recorded batches, without actors, and compare every version; or, with --set, see what another learner would do."""
+    from protocol.errors import ReplayDiffers
+
+    if broker:
+        from deploy.replay_broker import repace_run
+
+        typer.echo("\n".join(repace_run(run, overrides)))
+        return
+    if actor is not None:
+        from deploy.replay_actor import replay_ticket, ticket_lines
+
+        again = replay_ticket(run, actor, engine)
+        typer.echo("\n".join(ticket_lines(again)))
+        raise typer.Exit(0 if again.is_same else ReplayDiffers.exit_code)
+    from deploy.replay import TOLERANCE, ReplayOptions, replay_run
+    from deploy.replay_report import side_by_side, summary_lines
+
+    options = ReplayOptions(first, end, overrides, step, ranks, TOLERANCE if tolerance is None else tolerance, out)
+    found = replay_run(run, options, typer.echo)
+    for line in [*summary_lines(found), *(side_by_side(found, first) if overrides else [])]:
+        typer.echo(line)
+
+
+@app.command("replay-rank", hidden=True)
+def replay_rank(plan: Annotated[Path, typer.Option()]) -> None:
+    """One rank of a replaying learner; torchrun starts it."""
+    from deploy.replay import replay_rank as run_rank
+
+    start_role(os.getppid())
+    run_rank(plan)
+
+
+class InspectGroup(TyperGroup):
+    """`inspect RUN` stands beside `inspect groups RUN` and its like: what is no command's name is a run's directory."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["overview", *args]
+        return super().parse_args(ctx, args)
+
+
+inspect = typer.Typer(
+    cls=InspectGroup,
+    no_args_is_help=True,
+    help="Look into a run's recording, while the run goes on or later: `inspect RUN` says what it holds. Needs only journal.sqlite, and "
+    "run.json with blobs/ for texts.",
+)
+app.add_typer(inspect, name="inspect")
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/latest.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+TicketOption = Annotated[int | None, typer.Option(min=0, help="Only this ticket.")]
+TokenizerOption = Annotated[Path | None, typer.Option(help="A tokenizer.json for texts. Default: that of the run's policy.")]
+
+
+@inspect.command()
+def overview(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What the recording holds; `inspect RUN` for short."""
+    import msgspec
+
+    from analysis.overview import look, overview_lines
+    from analysis.recording import Recording
+
+    with Recording(run) as recording:
+        found = look(recording)
+    typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else "\n".join(overview_lines(found)))
+
+
+@inspect.command()
+def groups(
+    run: RunArgument,
+    ticket: TicketOption = None,
+    batch: Annotated[int | None, typer.Option(min=0, help="Only groups of this batch.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Only groups that this step used.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Only groups of this actor.")] = None,
+    version: Annotated[int | None, typer.Option(min=0, help="Only groups with a token sampled from this version.")] = None,
+    min_reward: Annotated[float | None, typer.Option(help="Only groups whose mean reward is at least this.")] = None,
+    max_reward: Annotated[float | None, typer.Option(help="Only groups whose mean reward is at most this.")] = None,
+    min_lag: Annotated[int | None, typer.Option(min=0, help="Only groups whose lag at their last use is at least this.")] = None,
+    refused: Annotated[bool, typer.Option("--refused", help="List the results that were refused instead.")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 50,
+    as_json: JsonLines = False,
+) -> None:
+    """List groups: step is their first use, lag that of their oldest token at their last use."""
+    from analysis.listing import GROUP_HEADER, GroupFilter, group_line, list_groups
+    from analysis.recording import Recording
+
+    wanted = GroupFilter(ticket, batch, step, actor, version, min_reward, max_reward, min_lag, refused)
+    with Recording(run) as recording:
+        print_rows(list_groups(recording, wanted), GROUP_HEADER, group_line, limit, as_json)
+
+
+@inspect.command()
+def group(
+    run: RunArgument,
+    ticket: Annotated[int, typer.Argument(min=0)],
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also each token: id, text, log-probability, version.")] = False,
+    tokenizer: TokenizerOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show one ticket in full: prompt, completions, rewards, who made it, and everything that happened to it."""
+    import msgspec
+
+    from analysis.recording import Recording
+    from analysis.text import find_text
+    from analysis.ticket import read_ticket, ticket_lines
+
+    with Recording(run) as recording:
+        text = find_text(recording, tokenizer)
+        found = read_ticket(recording, ticket, text, with_tokens=tokens)
+    typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else "\n".join(ticket_lines(found, text)))
+
+
+@inspect.command()
+def batches(
+    run: RunArgument, limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 0, as_json: JsonLines = False
+) -> None:
+    """List batches: the steps that used them, their tickets, versions, lag and reward."""
+    from analysis.listing import BATCH_HEADER, batch_line, list_batches
+    from analysis.recording import Recording
+
+    with Recording(run) as recording:
+        print_rows(list_batches(recording), BATCH_HEADER, batch_line, limit, as_json)
+
+
+@inspect.command()
+def events(
+    run: RunArgument,
+    fact: Annotated[str | None, typer.Option(help="Only facts of this name, for example TicketIssued.")] = None,
+    since: Annotated[int, typer.Option(min=1, help="From this event number (lsn) on.")] = 1,
+    until: Annotated[int | None, typer.Option(min=1, help="Up to this event number.")] = None,
+    ticket: TicketOption = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with new events until the run has ended.")] = False,
+    as_json: JsonLines = False,
+) -> None:
+    """List what happened, in order: number, time (UTC), fact and its fields."""
+    import time
+
+    import msgspec
+
+    from analysis.listing import event_fields, event_line, follow_events, list_events
+    from analysis.recording import Recording
+    from protocol.errors import ConfigError
+
+    if follow and until is not None:
+        raise ConfigError("--until", until, "contradicts --follow", "leave out one of them")
+    with Recording(run) as recording:
+        wait = functools.partial(time.sleep, 0.5)
+        found = follow_events(recording, fact, since, ticket, wait) if follow else list_events(recording, fact, since, until, ticket)
+        for event in map(event_fields, found):
+            typer.echo(msgspec.json.encode(event).decode() if as_json else event_line(event))
+
+
+@inspect.command()
+def verify(run: RunArgument) -> None:
+    """Check the recording: checksums, gaps, tables, conservation, lags, blobs. Exit code 4 if anything is broken."""
+    from analysis.verify import verify as check_recording
+
+    checks = check_recording(run)
+    for check in checks:
+        typer.echo("\n".join(check.lines()))
+    raise typer.Exit(4 if any(check.num_findings for check in checks) else 0)
+
+
+@inspect.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A name that ends in .parquet or .jsonl.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Write all completions into one file, a row for each, with tokens, log-probabilities, versions, texts and rewards."""
+    from analysis.export import export as write_export
+    from analysis.recording import Recording
+    from analysis.text import find_text
+
+    with Recording(run) as recording:
+        text = find_text(recording, tokenizer)
+        num_rows = write_export(recording, out, text, force=force)
+    typer.echo(f"wrote {out}: {num_rows} completions" + (f"; no texts: {text.missing}" if text.missing else ""))
+
+
+def print_rows(rows: Iterable[Any], header: str, line: Callable[[Any], str], limit: int, as_json: bool) -> None:
+    """Rows under a header, or as JSON lines; says so where there are more than `limit`."""
+    import msgspec
+
+    place = -1
+    for place, row in enumerate(rows):
+        if place == 0 and not as_json:
+            typer.echo(header)
+        if limit and place == limit:
+            typer.echo(f"there are more than {limit}; --limit 0 shows all", err=True)
+            break
+        typer.echo(msgspec.json.encode(row).decode() if as_json else line(row))
+    if place < 0:
+        typer.echo("there is none", err=True)
+
+
 @app.command()
 def keys(
     role: Annotated[str, typer.Argument(help="actor, learner or admin")],
@@ -299,13 +547,19 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except* KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        tell("interrupted")
         sys.exit(130)
     except* SlipstreamError as group:
         error = first(group)
-        typer.echo(f"error: {error}", err=True)
+        tell(f"error: {error}")
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def tell(text: str) -> None:
+    """A last word on stderr; a log on a full disk must not change the exit code."""
+    with contextlib.suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def first(group: BaseExceptionGroup[Any]) -> Any:

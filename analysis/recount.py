@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,32 +57,60 @@ def recount(path: Path) -> Recount:
     connection = open_read_only(path)
     try:
         (config,) = connection.execute("SELECT value FROM meta WHERE key = 'config'").fetchone()
-        count = Recount(parse_config(json.loads(config)).pacing)
-        version_steps: dict[int, int] = {}
-        oldest_steps: dict[int, list[int]] = {}
-        batches: dict[int, list[int]] = {}
+        counter = Recounter(parse_config(json.loads(config)).pacing, lambda ticket: _versions(path, read_payload(connection, path, ticket)))
         for entry in read_facts(connection, path):
-            fact = entry.fact
-            if isinstance(fact, facts.VersionPublished):
-                version_steps[fact.version.number] = fact.version.step
-            elif isinstance(fact, facts.BatchFormed):
-                batches[fact.batch] = fact.tickets
-                payloads = [read_payload(connection, path, ticket) for ticket in fact.tickets]
-                oldest_steps[fact.batch] = [_oldest_step(path, payload, version_steps) for payload in payloads]
-            elif isinstance(fact, facts.StepCommitted):
-                _count_step(count, fact, batches[fact.batch], oldest_steps[fact.batch])
-            else:
-                _count_ticket(count, fact)
+            counter.add(entry.fact)
     finally:
         connection.close()
-    _check(count, batches)
-    return count
+    return counter.finish()
 
 
-def _oldest_step(path: Path, payload: bytes | None, version_steps: dict[int, int]) -> int:
+class Recounter:
+    """Counts a journal's facts, given one at a time in order.
+
+    `versions_of` gives the numbers of the versions that the tokens of a ticket's group were sampled from; it is asked once for each
+    ticket of a batch, when the batch is formed.
+    """
+
+    def __init__(self, pacing: Pacing, versions_of: Callable[[int], list[int]]) -> None:
+        self._count, self._versions_of = Recount(pacing), versions_of
+        self._version_steps: dict[int, int] = {}
+        self._batches: dict[int, list[int]] = {}
+        self._oldest_steps: dict[int, list[int]] = {}
+
+    def add(self, fact: facts.AnyFact) -> None:
+        """Take the next fact into account. Raises what `versions_of` raises."""
+        match fact:
+            case facts.VersionPublished():
+                self._version_steps[fact.version.number] = fact.version.step
+            case facts.BatchFormed():
+                self._batches[fact.batch] = fact.tickets
+                self._oldest_steps[fact.batch] = [self._oldest_step(ticket) for ticket in fact.tickets]
+            case facts.StepCommitted(batch=batch) if batch not in self._batches:
+                self._count.broken.append(f"step {fact.step} used batch {batch}, which was not formed")
+            case facts.StepCommitted():
+                _count_step(self._count, fact, self._batches[fact.batch], self._oldest_steps[fact.batch])
+            case _:
+                _count_ticket(self._count, fact)
+
+    def finish(self) -> Recount:
+        """The count, checked as a whole."""
+        _check(self._count, self._batches)
+        return self._count
+
+    def _oldest_step(self, ticket: int) -> int:
+        numbers = self._versions_of(ticket)
+        unknown = [number for number in numbers if number not in self._version_steps]
+        if unknown:
+            self._count.broken.append(f"ticket {ticket} has tokens of version {unknown[0]}, which was not published before its batch")
+        return min((self._version_steps[number] for number in numbers if number not in unknown), default=-1)
+
+
+def _versions(path: Path, payload: bytes | None) -> list[int]:
     if payload is None:
         raise JournalDamaged(path, "table groups", "a batch has a ticket without a group")
-    return min(version_steps[int(number)] for number in np.unique(decode_group(payload).versions))
+    found: list[int] = np.unique(decode_group(payload).versions).tolist()
+    return found
 
 
 def _count_step(count: Recount, fact: facts.StepCommitted, tickets: list[int], oldest_steps: list[int]) -> None:

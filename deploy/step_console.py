@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from broker.replay import ReplayPort
-from learner.batch import Batch
-from learner.observe import UpdateMeter, importance_ratios
-from learner.step import Trainer
 from protocol.config import Config
 from protocol.groups import Group, decode_group
+
+if TYPE_CHECKING:
+    from learner.batch import Batch
+    from learner.observe import UpdateMeter
+    from learner.step import Trainer
 
 HELP = """  enter       take the step          n K         take K steps          c   go on to the end      q   take it and stop
   g           list the groups        g TICKET    one group in full     t TICKET   its tokens     h   this help"""
@@ -43,6 +45,8 @@ class StepConsole:
 
     def before(self, step: int, batch: Batch, trainer: Trainer) -> None:
         """Show the batch, and ask until a step is to be taken."""
+        from learner.observe import UpdateMeter, importance_ratios
+
         self._meter = self._meter or UpdateMeter(trainer.model)
         if self._num_to_take or step < self._first:
             self._num_to_take = max(0, self._num_to_take - 1)
