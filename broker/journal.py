@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,11 @@ import blake3
 import msgspec
 
 from protocol import facts
-from protocol.errors import JournalCommitFailed
-from protocol.journal import FORMAT_VERSION, SCHEMA, JournalEntry, migrate, read_facts, read_payload
+from protocol.errors import JournalCommitFailed, JournalDamaged
+from protocol.journal import FORMAT_VERSION, SCHEMA, UNREADABLE, JournalEntry, migrate, read_facts, read_payload
+
+CACHE_KIB = 32 << 10
+"""Pages that SQLite holds until the commit; of a larger transaction the rest is written to the log while it is put together."""
 
 
 class RunJournal(Protocol):
@@ -32,19 +36,25 @@ class RunJournal(Protocol):
         """Make everything appended durable. Raises JournalCommitFailed, after which this object is of no more use."""
 
     def payload(self, ticket: int) -> bytes | None:
-        """The payload of the group accepted last for `ticket`, None if there is none."""
+        """The payload of the group committed last for `ticket`, None if there is none. May be called while another thread commits."""
 
     def close(self) -> None:
         """Release it. What was appended and not committed is forgotten."""
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+
+
 class Journal:
     """The journal of one run, open for writing by one process."""
 
-    def __init__(self, path: Path, run: str, config: str) -> None:
-        """Open the journal at `path`, or make it for `run` with its resolved configuration."""
+    def __init__(self, path: Path, run: str, config: str, connect: Callable[[Path], sqlite3.Connection] = _connect) -> None:
+        """Open the journal at `path`, or make it for `run` with its resolved configuration. Raises JournalError."""
         self.path = path
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        self._connection = connect(path)
+        self._reader = connect(path)
+        """Sees what is committed, and waits for no commit."""
         self._pending = False
         try:
             (num_tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -52,12 +62,18 @@ class Journal:
                 self._connection.execute("PRAGMA page_size = 16384")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             if not num_tables:
                 self._create(run, config)
             migrate(self._connection, path)
             (self._lsn,) = self._connection.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
-        except sqlite3.Error as error:
-            raise JournalCommitFailed(path, str(error)) from error
+        except BaseException as error:
+            self.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise JournalCommitFailed(path, str(error)) from error
+            if isinstance(error, UNREADABLE):
+                raise JournalDamaged(path, "on opening", str(error)) from error
+            raise
 
     def _create(self, run: str, config: str) -> None:
         """Tables and description in one transaction: a journal that was not finished is an empty file to the next start."""
@@ -96,12 +112,13 @@ class Journal:
         self._pending = False
 
     def payload(self, ticket: int) -> bytes | None:
-        """The payload of the group accepted last for `ticket`, None if there is none."""
-        return read_payload(self._connection, self.path, ticket)
+        """The payload of the group committed last for `ticket`, None if there is none. May be called while another thread commits."""
+        return read_payload(self._reader, self.path, ticket)
 
     def close(self) -> None:
         """Release the file. What was appended and not committed is forgotten."""
         with contextlib.suppress(sqlite3.Error):
+            self._reader.close()
             self._connection.close()
 
     def _lay_out(self, fact: facts.AnyFact, payload: bytes) -> None:

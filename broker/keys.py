@@ -52,21 +52,27 @@ def load_key(path: Path) -> KeyFile:
         raise KeyFileError(path, f"can be read by others (mode {stat.S_IMODE(mode):04o})", f"chmod 600 {path}")
     try:
         key = KeyFile(**tomllib.loads(text))
+        if not all(isinstance(value, str) for value in key):
+            raise ValueError("not every value is text")
         for part in (key.public, key.secret, key.broker):
             if len(part) != 40:
                 raise ValueError(f"a key has {len(part)} characters, not 40")
-    except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise KeyFileError(path, f"is not a key file ({error})", "copy it again from the keys/ directory of the run") from None
     return key
 
 
 def allowed_keys(folder: Path) -> dict[Role, set[str]]:
-    """The public keys of each role, from the role's key file and from any `ROLE-*.pub` beside it (one key a line)."""
+    """The public keys of each role, from the role's key file and from any `ROLE-*.pub` beside it (one key a line). Raises KeyFileError."""
     allowed: dict[Role, set[str]] = {}
     for role in ROLES:
         keys = {load_key(folder / f"{role}.key").public}
         for extra in sorted(folder.glob(f"{role}-*.pub")):
-            keys |= set(extra.read_text(encoding="ascii").split())
+            try:
+                keys |= set(extra.read_text(encoding="ascii").split())
+            except (OSError, UnicodeDecodeError) as error:
+                fix = "write one public key on each line, or remove the file"
+                raise KeyFileError(extra, f"is no list of keys ({error})", fix) from None
         allowed[role] = keys
     return allowed
 

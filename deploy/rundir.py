@@ -53,13 +53,23 @@ class RunDirectory:
         write_atomically(self.path / "config.json", config_json(config).encode())
         write_atomically(self.path / "run.json", msgspec.json.format(msgspec.json.encode(manifest), indent=2))
 
+    def change_config(self, config: Config) -> None:
+        """Replace the resolved configuration."""
+        write_atomically(self.path / "config.json", config_json(config).encode())
+
     def config(self) -> Config:
         """The resolved configuration. Raises ConfigError if this is not a run's directory."""
-        return parse_config(json.loads(self._read("config.json")))
+        try:
+            return parse_config(json.loads(self._read("config.json")))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged("config.json", error) from None
 
     def manifest(self) -> RunManifest:
         """What the run is. Raises ConfigError if this is not a run's directory."""
-        return msgspec.json.decode(self._read("run.json"), type=RunManifest)
+        try:
+            return msgspec.json.decode(self._read("run.json"), type=RunManifest)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self._damaged("run.json", error) from None
 
     def _read(self, name: str) -> bytes:
         try:
@@ -68,14 +78,27 @@ class RunDirectory:
             fix = "give the directory of a run, as printed by `cli.py up`"
             raise ConfigError("--run", str(self.path), f"has no {name}", fix) from None
 
+    def _damaged(self, name: str, error: Exception) -> ConfigError:
+        fix = "give another run's directory, or put the file back as it was written when the run was made"
+        return ConfigError("--run", str(self.path), f"its {name} cannot be read ({error})", fix)
+
     def announce_broker(self, address: str) -> None:
         """Say where the broker listens."""
         write_atomically(self.path / "broker.json", json.dumps({"address": address, "pid": os.getpid()}).encode())
 
     def broker_address(self) -> str | None:
-        """Where the broker listens, None if it never has."""
+        """Where the broker listens, None if it never has. Raises ConfigError if the file that says so is damaged."""
         try:
             return str(json.loads((self.path / "broker.json").read_bytes())["address"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise self._damaged("broker.json", error) from None
+
+    def broker_process(self) -> int | None:
+        """The id of the process that announced itself as the run's broker last, None if there was none."""
+        try:
+            return int(json.loads((self.path / "broker.json").read_bytes())["pid"])
         except FileNotFoundError:
             return None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import json
 import tomllib
 import types
 import typing
@@ -20,9 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from protocol.errors import ConfigError
 from protocol.pacing import Pacing, smallest_max_lag
 
-
-MAX_INTEGER: Final = 1 << 53
-"""What a message, a journal and a JSON reader in any language can hold."""
+MAX_INTEGER: Final = 1 << 62
+"""What messages and the journal hold, see messages.Count."""
 
 
 class _Section(BaseModel):

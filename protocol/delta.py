@@ -39,6 +39,9 @@ from protocol.weights import DTYPE_BITS, PolicyVersion, Tensor, Weights, num_byt
 DELTA_FORMAT: Final = "slipstream-delta/2"
 SNAPSHOT_FORMAT: Final = "slipstream-snapshot/1"
 MAX_MANIFEST_BYTES: Final = 64 << 20
+SMALL_MANIFEST_BYTES: Final = 1 << 20
+MANIFEST_RATIO: Final = 256
+"""A manifest has up to SMALL_MANIFEST_BYTES and this many times its compressed size: names and chunks compress well, but not without end."""
 SHARD_BYTES: Final = 256 << 20
 """Tensors are put into one shard up to this many bytes."""
 LISTED_SHARE: Final = 4
@@ -293,9 +296,10 @@ class Delta:
         if set(self._tensors) != {"manifest", *STREAMS}:
             raise DamagedDelta(f"streams are {sorted(self._tensors)}")
         try:
-            manifest = _decompress(self._tensors["manifest"].bits, MAX_MANIFEST_BYTES, exact=False)
-            shards = msgspec.json.decode(manifest, type=list[_ShardEntry])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            packed = self._tensors["manifest"].bits
+            limit = min(MAX_MANIFEST_BYTES, SMALL_MANIFEST_BYTES + MANIFEST_RATIO * packed.size)
+            shards = msgspec.json.decode(_decompress(packed, limit, exact=False), type=list[_ShardEntry])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DamagedDelta(f"manifest: {error}") from None
         for index, name in enumerate(STREAMS):
             if any(shard.sizes[index] < 0 for shard in shards) or sum(s.sizes[index] for s in shards) != self._tensors[name].bits.size:
@@ -325,7 +329,7 @@ def apply_in_place(delta: Delta, weights: Weights) -> dict[str, Bits | None]:
     """
     if not delta.keeps_layout:
         raise DamagedDelta("the delta adds or removes tensors, which cannot be done in place")
-    _check_complete(delta, weights)
+    _check_held(delta, weights)
     changed: dict[str, Bits | None] = {}
     for number in range(len(delta.shards)):
         for entry, chunks in _changes_of(delta, number, weights):
@@ -387,13 +391,8 @@ def _changes_of(delta: Delta, number: int, weights: Weights) -> Iterator[tuple[T
     """For each changed tensor of a shard, each chunk of its bits and how that changes; to be used up in order."""
     streams = delta.streams(number)
     for entry in delta.shards[number].tensors:
-        if entry.kind not in ("same", "changed"):
-            continue
-        held = weights.get(entry.name)
-        if held is None or (held.dtype, list(held.shape)) != (entry.dtype, entry.shape):
-            raise DamagedDelta(f"tensor {entry.name!r} {entry.dtype}{entry.shape} is changed in place, but is not held like that")
         if entry.kind == "changed":
-            yield entry, _decoded(entry, streams[entry.name], _chunks(held.bits))
+            yield entry, _decoded(entry, streams[entry.name], _chunks(weights[entry.name].bits))
 
 
 def _decoded(entry: TensorEntry, streams: list[Streams], chunks: list[Bits]) -> Iterator[tuple[Bits, Changes]]:
@@ -401,22 +400,28 @@ def _decoded(entry: TensorEntry, streams: list[Streams], chunks: list[Bits]) -> 
         yield bits, chunk_changes(entry, streams, number, bits)
 
 
-def _check_complete(delta: Delta, held: Weights) -> None:
+def _check_held(delta: Delta, held: Weights) -> None:
+    """Raise DamagedDelta unless the delta is about the tensors held. Before any stream is decompressed, so that their size is a bound of it."""
     forgotten = set(held) - {entry.name for entry in delta.tensors}
     if forgotten:
         raise DamagedDelta(f"tensors {sorted(forgotten)[:3]} are neither kept, changed nor removed")
+    for entry in delta.tensors:
+        tensor = held.get(entry.name)
+        is_alike = tensor is not None and (tensor.dtype, list(tensor.shape)) == (entry.dtype, entry.shape)
+        if entry.kind in ("same", "changed") and not is_alike:
+            raise DamagedDelta(f"tensor {entry.name!r} {entry.dtype}{entry.shape} is changed in place, but is not held like that")
 
 
 def _apply_copying(delta: Delta, held: Weights) -> Weights:
-    _check_complete(delta, held)
+    _check_held(delta, held)
     new: Weights = {}
     for number, shard in enumerate(delta.shards):
         for entry in shard.tensors:
             if entry.kind == "new":
                 new[entry.name] = new_tensor(entry, delta.streams(number)[entry.name])
-            elif entry.kind == "same" and entry.name in held:
+            elif entry.kind == "same":
                 new[entry.name] = held[entry.name]
-            elif entry.kind == "changed" and entry.name in held:
+            elif entry.kind == "changed":
                 tensor = held[entry.name]
                 new[entry.name] = Tensor(tensor.dtype, tensor.shape, tensor.bits.copy())
         for _, chunks in _changes_of(delta, number, new):
@@ -436,8 +441,9 @@ def _new_bytes(entry: TensorEntry) -> int:
 def _check_entry(entry: TensorEntry) -> None:
     if entry.dtype not in DTYPE_BITS:
         raise DamagedDelta(f"tensor {entry.name!r} has dtype {entry.dtype!r}")
-    if any(size < 0 for size in entry.shape) or any(length < 0 for chunk in entry.chunks for length in chunk.lengths):
-        raise DamagedDelta(f"tensor {entry.name!r} has a negative size")
+    sizes, lengths = entry.shape, [length for chunk in entry.chunks for length in chunk.lengths]
+    if not all(0 <= size <= safetensors_file.MAX_SIZE for size in sizes) or min(lengths, default=0) < 0:
+        raise DamagedDelta(f"tensor {entry.name!r} has an impossible size")
     if len(entry.shape) > safetensors_file.MAX_DIMENSIONS:
         raise DamagedDelta(f"tensor {entry.name!r} has {len(entry.shape)} dimensions")
     elements, width = math.prod(entry.shape), DTYPE_BITS[entry.dtype].itemsize

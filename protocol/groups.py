@@ -96,7 +96,7 @@ _decoder = msgspec.msgpack.Decoder(GroupWire)
 
 def encode_group(group: Group) -> bytes:
     """The wire payload of a group."""
-    arrays: dict[str, Any] = {name: np.ascontiguousarray(getattr(group, name), dtype).tobytes() for name, dtype in _ARRAYS.items()}
+    arrays: dict[str, Any] = {name: np.ascontiguousarray(getattr(group, name), dtype).data for name, dtype in _ARRAYS.items()}
     return msgspec.msgpack.encode(
         GroupWire(ticket=group.ticket, prompt=group.prompt, seed=group.seed, actor=group.actor, engine=group.engine, **arrays)
     )

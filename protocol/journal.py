@@ -94,6 +94,8 @@ class JournalEntry(NamedTuple):
     fact: AnyFact
 
 
+UNREADABLE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What SQLite's module raises on bytes that are not a journal; the second where its message would quote them."""
 _fact_decoder: Final = msgspec.json.Decoder[AnyFact](AnyFact)
 
 
@@ -114,7 +116,7 @@ def format_of(connection: sqlite3.Connection, path: Path) -> int:
     """The format version of a journal. Raises JournalError for one that this program cannot read."""
     try:
         (found,) = connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() or ("none",)
-    except sqlite3.DatabaseError as error:
+    except UNREADABLE as error:
         raise JournalDamaged(path, "table meta", str(error)) from None
     known = {str(version): version for version in (*MIGRATIONS, FORMAT_VERSION)}
     if found not in known:
@@ -142,20 +144,30 @@ def read_facts(connection: sqlite3.Connection, path: Path) -> Iterator[JournalEn
             if lsn != expected:
                 raise JournalDamaged(path, f"events {expected} to {lsn - 1}", "rows are missing")
             expected += 1
+            if not isinstance(time, float) or not isinstance(body, str):  # as in a file whose bytes have changed
+                raise JournalDamaged(path, f"event {lsn}", f"time is of type {type(time).__name__}, body of type {type(body).__name__}")
             try:
-                yield JournalEntry(lsn, time, _fact_decoder.decode(body))
-            except msgspec.DecodeError as error:
+                fact = _fact_decoder.decode(body)
+            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
                 raise JournalDamaged(path, f"event {lsn}", str(error)) from None
-    except sqlite3.DatabaseError as error:
+            yield JournalEntry(lsn, time, fact)
+    except UNREADABLE as error:
         raise JournalDamaged(path, f"event {expected} and after", str(error)) from None
 
 
 def read_payload(connection: sqlite3.Connection, path: Path, ticket: int) -> bytes | None:
-    """The payload of the group that was accepted last for `ticket`, None if there is none. Raises JournalDamaged if its checksum is wrong."""
-    row = connection.execute("SELECT payload, digest FROM groups WHERE ticket = ? ORDER BY lsn DESC LIMIT 1", (ticket,)).fetchone()
+    """The payload of the group that was accepted last for `ticket`, None if there is none.
+
+    Raises JournalDamaged if it cannot be read or its checksum is wrong.
+    """
+    where = f"the group of ticket {ticket}"
+    try:
+        row = connection.execute("SELECT payload, digest FROM groups WHERE ticket = ? ORDER BY lsn DESC LIMIT 1", (ticket,)).fetchone()
+    except UNREADABLE as error:
+        raise JournalDamaged(path, where, str(error)) from None
     if row is None:
         return None
     payload, digest = row
-    if blake3.blake3(payload).digest() != digest:
-        raise JournalDamaged(path, f"the group of ticket {ticket}", "its checksum does not match")
-    return bytes(payload)
+    if not isinstance(payload, bytes) or blake3.blake3(payload).digest() != digest:
+        raise JournalDamaged(path, where, "its checksum does not match")
+    return payload

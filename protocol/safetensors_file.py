@@ -19,6 +19,8 @@ from protocol.weights import DTYPE_BITS, Tensor
 
 MAX_HEADER_BYTES: Final = 64 << 20
 MAX_DIMENSIONS: Final = 8
+MAX_SIZE: Final = 1 << 53
+"""Of one dimension, beside which another may be 0."""
 _READABLE: Final[Mapping[str, np.dtype[Any]]] = {**DTYPE_BITS, "U8": np.dtype("u1")}
 
 
@@ -86,6 +88,7 @@ def _tensor(name: str, entry: _Entry, data: memoryview) -> Tensor:
     dtype = _READABLE.get(entry.dtype)
     if dtype is None:
         raise DamagedDelta(f"tensor {name!r} has dtype {entry.dtype!r}; known are {', '.join(_READABLE)}")
-    if len(entry.shape) > MAX_DIMENSIONS or any(size < 0 for size in entry.shape) or math.prod(entry.shape) * dtype.itemsize != len(data):
+    is_possible = len(entry.shape) <= MAX_DIMENSIONS and all(0 <= size <= MAX_SIZE for size in entry.shape)
+    if not is_possible or math.prod(entry.shape) * dtype.itemsize != len(data):
         raise DamagedDelta(f"tensor {name!r} of shape {entry.shape} and dtype {entry.dtype} cannot have {len(data)} bytes")
     return Tensor(entry.dtype, tuple(entry.shape), np.frombuffer(data, dtype))

@@ -103,3 +103,35 @@ def test_a_commit_that_fails_is_an_error_that_says_so(tmp_path: Path) -> None:
         journal.append(accepted(7, 1), b"payload", 2.0)
     blocker.close()
     journal.close()
+
+
+def test_values_of_another_type_than_was_written_are_damage(tmp_path: Path) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE events (lsn INTEGER PRIMARY KEY, time, fact, body)")
+    connection.execute("CREATE TABLE groups (lsn, ticket, payload, digest)")
+    body = '{"fact":"ActorsDesired","num_actors":1}'
+    for time, found in ((None, body), (1.0, None), (1.0, 5), (1.0, body.encode()), (1.0, "[" * 10_000), (1.0, '{"fact":' * 10_000)):
+        connection.execute("DELETE FROM events")
+        connection.execute("INSERT INTO events VALUES (1, ?, '', ?)", (time, found))
+        with pytest.raises(JournalDamaged, match="event 1"):
+            list(read_facts(connection, tmp_path))
+    for ticket, payload in enumerate(("text", None, 7)):
+        connection.execute("INSERT INTO groups VALUES (?, ?, ?, x'00')", (ticket, ticket, payload))
+        with pytest.raises(JournalDamaged, match=f"ticket {ticket}"):
+            read_payload(connection, tmp_path, ticket)
+    connection.close()
+
+
+def test_a_file_that_is_no_journal_is_damage_and_is_let_go_of(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path, "run", "{}")
+    journal.close()
+    whole = path.read_bytes()
+    for damaged in (b"SQLite format 3\0" + b"\xff" * 5000, whole.replace(b"CREATE TABLE events", b"CREATE \xfe\xfeBLE events")):
+        path.write_bytes(damaged)
+        for opened in (lambda: Journal(path, "run", "{}"), lambda: open_read_only(path)):
+            with pytest.raises(JournalDamaged, match=r"journal\.sqlite"):
+                opened()
+        with sqlite3.connect(path, timeout=0.0) as free:  # nobody holds a lock
+            assert free.total_changes == 0
+        free.close()

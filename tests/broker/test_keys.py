@@ -53,3 +53,21 @@ def test_each_role_allows_its_own_keys_and_the_ones_added_for_it(tmp_path: Path)
         add_key(tmp_path, "actor", "other-host")
     with pytest.raises(KeyFileError, match="known role"):
         add_key(tmp_path, "king", "other-host")
+
+
+def test_a_key_that_is_a_list_and_nesting_without_end_are_refused(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    path = tmp_path / "keys" / "actor.key"
+    whole = path.read_text()
+    listed = "\n".join([*whole.splitlines()[:3], f"broker = {[1] * 40}"])
+    for text in (whole.replace("role = 'actor'", "role = 5"), listed, "role = " + "[" * 2000):
+        path.write_text(text)
+        with pytest.raises(KeyFileError, match=r"actor\.key"):
+            load_key(path)
+
+
+def test_a_list_of_further_keys_that_is_no_text_is_refused_with_its_name(tmp_path: Path) -> None:
+    make_keys(tmp_path)
+    (tmp_path / "actor-more.pub").write_bytes(b"\xd8\xff")
+    with pytest.raises(KeyFileError, match=r"actor-more\.pub"):
+        allowed_keys(tmp_path)

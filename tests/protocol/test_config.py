@@ -201,3 +201,29 @@ def test_every_field_has_a_default_so_that_an_empty_file_is_a_run(tmp_path: Path
     for name, hint in typing.get_type_hints(Config).items():
         if isinstance(hint, type) and issubclass(hint, BaseModel):
             assert isinstance(getattr(Config(), name), hint)
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "{a = " * 2000, "9" * 5000, "0x" + "f" * 5000, "[" * 900 + "]" * 900])
+def test_numbers_and_nesting_without_end_are_a_config_error_in_a_file_and_in_an_override(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"[run]\nseed = {text}\n")
+    with pytest.raises(ConfigError):
+        load_config(path)
+    with pytest.raises(ConfigError):
+        load_config(path, [f"run.seed={text}"])
+
+
+@pytest.mark.parametrize("field", ["run.seed", "run.steps", "policy.max_lag", "rollout.groups_per_batch"])
+def test_a_number_that_no_message_can_carry_is_refused_with_its_field(field: str) -> None:
+    section, _, name = field.partition(".")
+    with pytest.raises(ConfigError) as caught:
+        parse_config({section: {name: (1 << 62) + 1}})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("text", ["limit = 0x" + "f" * 5000, ".".join("a" * 400) + " = 1"])
+def test_options_of_a_task_that_json_cannot_hold_are_a_config_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"[task]\nname = 'other'\n{text}\n")
+    with pytest.raises(ConfigError, match="other"):
+        config_json(load_config(path))

@@ -894,3 +894,52 @@ def test_nothing_changed_is_a_small_file() -> None:
     data = delta(old, old)
     assert len(data) < 1500 and read_header(data).num_changed == 0 == read_header(data).bound_bytes
     assert apply_in_place(Delta(data), copied(old)) == {}
+
+
+# --- more than the file can hold
+
+
+def test_a_small_file_whose_manifest_has_millions_of_chunks_is_refused_before_they_are_read() -> None:
+    old, new = large_states(0.1)
+    chunks = [["same", 0, [0] * 5, []]] * 200_000
+    manifest = json.dumps([[[["w", "BF16", [len(chunks) * CHUNK_ELEMENTS], "changed", chunks]], [0] * 5]]).encode()
+    data = rebuilt(delta(old, new), manifest)
+    assert len(data) < 20_000 and len(manifest) > 4_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedDelta, match="manifest says"):
+            Delta(data)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_dimension_that_no_root_hash_can_hold_is_refused_even_beside_one_of_0() -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [0, 1 << 70], "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(DamagedDelta, match="'w'"):
+        safetensors_file.deserialize(struct.pack("<Q", len(header)) + header)
+    old: Weights = {"kept": Tensor("BF16", (1,), np.zeros(1, "<u2"))}
+    data = delta(old, old | {"w": Tensor("F32", (0, 1), np.zeros(0, "<u4"))})
+    shards = manifest_of(data)
+    next(tensor for tensors, _ in shards for tensor in tensors if tensor[0] == "w")[2] = [0, 1 << 70]
+    with pytest.raises(DamagedDelta, match="'w'"):
+        apply_file(rebuilt(data, shards), old, root_hash(old))
+
+
+def test_streams_for_larger_tensors_than_are_held_are_not_decompressed() -> None:
+    old, new = large_states(0.1)
+    size = 8 * CHUNK_ELEMENTS
+    coder = zstandard.ZstdCompressor(level=1).compressobj()
+    bomb = b"z" + b"".join([*(coder.compress(bytes(CHUNK_ELEMENTS)) for _ in range(8)), coder.flush()])
+    chunk = ["dense", 0, [0, 0, CHUNK_ELEMENTS, 0, 0], []]
+    manifest = [[[["w", "BF16", [size], "changed", [chunk] * 8]], [0, 0, len(bomb), 0, 0]]]
+    data = rebuilt(delta(old, new), manifest, positions=b"", packed=b"", ulps=bomb, escapes=b"", planes=b"")
+    assert len(data) < 10_000
+    tracemalloc.start()
+    try:
+        for use in (lambda: apply_in_place(Delta(data), copied(old)), lambda: apply_file(data, old, root_hash(old))):
+            with pytest.raises(DamagedDelta, match="held like that"):
+                use()
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000, "33 MB are in the stream"
+    finally:
+        tracemalloc.stop()
