@@ -21,9 +21,10 @@ import zmq.asyncio
 
 from broker.downloads import Downloads, Sources
 from broker.keys import KeyFile
+from broker.put_off import PutOff
 from broker.server import make_identity
 from broker.session import ActorSession, Result
-from broker.sockets import Channel, client_socket, wait_connected
+from broker.sockets import Channel, Renewal, client_socket, endpoint, wait_connected
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, MalformedFrame, PeerError, ProtocolError
 from protocol.groups import MAX_GROUP_BYTES, Group, encode_group
@@ -46,7 +47,7 @@ class ActorClient:
         self._address, self._key, self._name = address, key, name
         self._sources = sources or Sources()
         self._epoch = os.urandom(6).hex()
-        self._session = ActorSession()
+        self._session, self._put_off = ActorSession(), PutOff(log)
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: PeerError | ProtocolError | None = None
@@ -81,11 +82,13 @@ class ActorClient:
             self._context.term()
             raise
         self._socket = zmq.asyncio.Socket.from_socket(self._raw)
+        self._renewal = Renewal(self._socket, endpoint(self._address, Channel.ACTORS))
         self._downloads = Downloads(self._context, self._address, self._key, identity, self._sources)
         self._heard_at = time.monotonic()
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._heartbeat())]
         await self._hello()
-        await self._until(lambda: self._session.welcome is not None, "the welcome", CONNECT_SECONDS)
+        await self._until(lambda: bool(self._session.welcome or self._session.put_off), "the welcome", CONNECT_SECONDS)
+        await self._until(lambda: self._session.welcome is not None, "the welcome")
         assert self._session.welcome is not None
         self._downloads.keep([file.blob for file in self._session.welcome.policy_files])
         return self._session.welcome
@@ -174,6 +177,10 @@ class ActorClient:
             except (PeerError, ProtocolError) as error:
                 self._failure = error
             self._heard_at = time.monotonic()
+            if isinstance(message, messages.NotNow):
+                self._put_off.told(message.request, message.reason, self._heard_at)
+            elif isinstance(message, messages.ActorWelcome):
+                self._put_off.over()
             if len(self._session.unacked) < num_unacked:
                 self._sent_at = self._heard_at  # acknowledgements are coming; what is left is not late yet
             if self._session.hello_wanted:
@@ -193,11 +200,16 @@ class ActorClient:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._report_wanted.wait()
             self._report_wanted.clear()
-            await self._send(self._report())
+            if self._session.welcome is None:
+                # The hello may be in the journal and its answer lost with the broker: the next one knows this actor, and takes a report as it is.
+                await self._hello()
+            else:
+                await self._send(self._report())
             now = time.monotonic()
             if self._session.unacked and now - self._sent_at > RESEND_SECONDS:
                 await self._resend()
             silent = now - self._heard_at
+            self._renewal.consider(self._heard_at, now)
             if silent > 5 * HEARTBEAT_SECONDS and not told:
                 log.warning("waiting for the broker at %s, last heard %.0f s ago", self._address, silent)
             elif told and silent < HEARTBEAT_SECONDS:

@@ -6,6 +6,7 @@ file; and a transfer that was cut goes on where it stopped as soon as there is a
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,12 +21,14 @@ from zmq.utils.monitor import recv_monitor_message
 from broker.blobs import BlobStore
 from broker.keys import KeyFile
 from broker.pieces import CREDIT, Pieces
-from broker.sockets import Channel, client_socket, endpoint, send_or_drop
+from broker.put_off import ASK_AGAIN_SECONDS, PutOff
+from broker.sockets import Channel, Renewal, client_socket, endpoint, send_or_drop
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, DamagedDelta, RequestRefused
 from protocol.messages import CHUNK_BYTES
 from protocol.weights import BlobRef
 
+log = logging.getLogger("blobs")
 RETRY_SECONDS: Final = 15.0
 """Questions without an answer for this long are asked again, even if the connection seems to hold."""
 POLL_MILLISECONDS: Final = 200
@@ -46,13 +49,20 @@ class BlobClient:
         *,
         relay: bool = False,
         give_up_seconds: float = GIVE_UP_SECONDS,
+        put_off: PutOff | None = None,
     ) -> None:
-        """Connect to the blobs channel of the broker at `address`, or with `relay` to the one socket of an actor that serves what it has."""
+        """Connect to the blobs channel of the broker at `address`, or with `relay` to the one socket of an actor that serves what it has.
+
+        `put_off` is kept up while the other side has no room for an upload, which is waited for without end.
+        """
+        self._put_off = put_off or PutOff(log)
         self._address, self._stopped, self._give_up_seconds = address, threading.Event(), give_up_seconds
         server = key.public if relay else key.broker
         self._socket = client_socket(context, address, Channel.BLOBS, key._replace(broker=server), identity)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._socket.connect(address if relay else endpoint(address, Channel.BLOBS))
+        where = address if relay else endpoint(address, Channel.BLOBS)
+        self._socket.connect(where)
+        self._renewal = Renewal(self._socket, where)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -140,28 +150,39 @@ class BlobClient:
         finished: Callable[[], bool],
         again: Callable[[], None],
     ) -> None:
-        """Ask and take until finished; after a cut, or RETRY_SECONDS of silence, ask again for what is missing."""
+        """Ask and take until finished; after a cut, RETRY_SECONDS of silence or a "not now", ask again for what is missing."""
         heard_at = asked_at = gained_at = time.monotonic()
-        is_lost = False
+        is_lost, ask_from, connected_at = False, 0.0, heard_at
         while not finished():
             if self._stopped.is_set():
                 raise RequestRefused(f"blob {blob.digest[:16]}", "the transfer was given up")
             is_lost = self._has_reconnected() or is_lost
+            self._renewal.consider(connected_at, time.monotonic())  # a slow link may be silent for long
             if self._socket.poll(0, zmq.POLLOUT):  # connected
-                if is_lost:
-                    asked_at, is_lost = time.monotonic(), False
+                connected_at = time.monotonic()
+                if is_lost or 0 < ask_from <= time.monotonic():
+                    asked_at, is_lost, ask_from = time.monotonic(), False, 0.0
                     again()
-                ask()
+                if not ask_from:
+                    ask()
             ready = dict(self._poller.poll(POLL_MILLISECONDS))
             now = time.monotonic()
             if self._socket in ready:
                 message, payload = codec.to_blob_client.decode(self._socket.recv_multipart())
-                if getattr(message, "digest", "") != blob.digest:
+                if isinstance(message, messages.NotNow):
+                    if message.request == blob.digest:
+                        heard_at = gained_at = now
+                        ask_from = now + ASK_AGAIN_SECONDS
+                        self._put_off.told(f"the upload of blob {blob.digest[:16]}", message.reason, now)
+                    continue
+                if message.digest != blob.digest:
                     continue  # an answer to an earlier transfer
                 if isinstance(message, messages.BlobRefused):
                     raise RequestRefused(f"blob {blob.digest[:16]}", message.reason)
                 heard_at = now
                 gained_at = now if payload or isinstance(message, messages.PutOk) else gained_at
+                if not ask_from:
+                    self._put_off.over()
                 take(message, payload)
             if now - gained_at > PATIENCE * self._give_up_seconds:
                 raise BrokerUnreachable(self._address, now - gained_at, f"blob {blob.digest[:16]}, which is always coming and never comes")

@@ -37,8 +37,12 @@ class BlobStore:
         ref = BlobRef(blake3.blake3(data).hexdigest(), len(data))
         if not self.path(ref.digest).exists():
             partial = self._folder / f"{ref.digest}.{os.getpid()}.partial"
-            partial.write_bytes(data)
-            _name_durably(partial, self.path(ref.digest))
+            try:
+                partial.write_bytes(data)
+                _name_durably(partial, self.path(ref.digest))
+            except OSError:  # what is left of it would take room from what comes after
+                partial.unlink(missing_ok=True)
+                raise
         return ref
 
     def link(self, path: Path) -> BlobRef:
@@ -118,18 +122,19 @@ class BlobStore:
         """Take a piece of an upload; answers how many bytes are there and whether the blob is stored.
 
         A piece that does not start where the last one ended is ignored: the answer tells the sender where to go on. An upload whose
-        bytes do not have the announced digest is thrown away and starts at 0 again.
+        bytes do not have the announced digest is thrown away and starts at 0 again. What was written when an OSError is raised is kept.
         """
         if self.path(digest).exists():
             return size, True
         partial = self._folder / f"{digest}.partial"
         have = partial.stat().st_size if partial.exists() else 0
-        if offset != have or have + len(data) > size or size > MAX_BLOB_BYTES:
+        if size > MAX_BLOB_BYTES or have > size:
             return have, False
-        with partial.open("ab") as file:
-            file.write(data)
-        have += len(data)
-        if have < size:
+        if offset == have and have + len(data) <= size:
+            with partial.open("ab") as file:
+                file.write(data)
+            have += len(data)
+        if have < size or not partial.exists():
             return have, False
         if file_digest(partial) != digest:
             partial.unlink()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import zmq
 
 from broker.keys import KeyFile
 from broker.server import make_identity
-from broker.sockets import Channel, client_socket, send_or_drop, wait_connected
+from broker.sockets import Channel, Renewal, client_socket, endpoint, send_or_drop, wait_connected
 from protocol import codec, messages
-from protocol.errors import BrokerUnreachable
+from protocol.errors import BrokerUnreachable, RequestRefused
 
 
 class ControlClient:
-    """One connection to the control channel; every request is answered or raises BrokerUnreachable."""
+    """One connection to the control channel; every request is answered or raises BrokerUnreachable.
+
+    What would have to be journalled raises RequestRefused while the broker has no room for it.
+    """
 
     def __init__(self, address: str, key: KeyFile, seconds: float = 10.0) -> None:
         """Connect within `seconds`. Raises BrokerUnreachable or AccessRefused."""
@@ -28,6 +32,7 @@ class ControlClient:
         except BaseException:
             self.close()
             raise
+        self._renewal, self._heard_at = Renewal(self._socket, endpoint(address, Channel.CONTROL)), time.monotonic()
 
     def status(self, seconds: float = 5.0) -> messages.RunStatus:
         """The state of the run."""
@@ -57,6 +62,10 @@ class ControlClient:
         if send_or_drop(self._socket, codec.encode(request), int(seconds * 1000)):
             while self._socket.poll(int(seconds * 1000)):
                 answer, _ = codec.to_control.decode(self._socket.recv_multipart())
+                self._heard_at = time.monotonic()
                 if isinstance(answer, wanted):
                     return answer
+                if isinstance(answer, messages.NotNow):
+                    raise RequestRefused(answer.request, answer.reason)
+        self._renewal.consider(self._heard_at, time.monotonic())
         raise BrokerUnreachable(self._address, seconds, type(request).__name__)

@@ -1,18 +1,20 @@
 """The broker without its sockets: messages in, messages out, with the journal between.
 
-Invariant: nothing leaves `flush` before every fact it depends on is committed. Shared by the socket server and the in-memory ports, so
-that both keep the same promises with the same code.
+Invariant: nothing leaves `flush` (or `settle`, its last part) before every fact it depends on is committed. Shared by the socket server and the
+in-memory ports, so that both keep the same promises with the same code.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from broker import events as ev
 from broker.blobs import BlobStore
@@ -20,10 +22,11 @@ from broker.folding import Folds
 from broker.journal import Journal, RunJournal
 from broker.ledger import Ledger
 from broker.publications import ANCHOR_EVERY, Hop, Way
+from broker.room import COPIES, MIB, Room, reserves
 from broker.status import StatusBook
 from protocol import facts, messages
 from protocol.config import Config, config_json
-from protocol.errors import InvalidGroup
+from protocol.errors import InvalidGroup, JournalDamaged
 from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME
 from protocol.messages import PROTOCOL_VERSION, NamedBlob
@@ -43,12 +46,23 @@ class Outgoing(NamedTuple):
     payload: bytes = b""
 
 
+class Decided(NamedTuple):
+    """What one commit makes durable (`num_bytes` of payloads with it), and what is to happen after it."""
+
+    has_facts: bool
+    num_bytes: int
+    outgoing: list[Outgoing]
+    removals: list[BlobRef]
+
+
 LEARNER = "learner"
 PUBLISHER = "publisher"
 """Peer names of the learner in `Outgoing`: what it trains on, and what it publishes, are two conversations. Actors are "actor:<name>"."""
 FOLD_BYTES = 1 << 20
 FOLD_HOPS = 8
 """A way of more bytes or more deltas than this is folded first; a shorter one is given as it is, which takes no time to make."""
+MEASURE_BYTES = MIB
+"""After this much has come in, the disk is looked at again before the next tick."""
 LEFT_SECONDS = 3600.0
 """A file in the store that nothing leads to is removed at a start of the broker once it is this old."""
 
@@ -73,10 +87,13 @@ class Broker:
         journal: RunJournal | None = None,
         run_beside: Callable[[Callable[[], None]], object] = lambda job: job(),
         wake: Callable[[], None] = lambda: None,
+        free: Callable[[], int] | None = None,
     ) -> None:
         """Start on a new run's directory, or recover a run from its journal.
 
-        `journal` is open for this run; without one, the directory's own is opened. `run_beside` carries out long work, at once or in another thread; `wake` is called there when `tick` has something to collect.
+        `journal` is open for this run; without one, the directory's own is opened. `run_beside` carries out long work, at once or in
+        another thread; `wake` is called there when `tick` has something to collect. `free` says how many bytes are free on the disk;
+        without it, the directory's is asked.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self._policy_files, self._num_prompts = run, config, policy_files, num_prompts
@@ -86,7 +103,14 @@ class Broker:
         self._metrics_path = directory / METRICS_NAME
         self.ledger = Ledger(config.pacing, config.run.seed, num_prompts, config.actor.num_actors)
         self.book = StatusBook(run, config.run.steps, now)
+        self._free = free or (lambda: shutil.disk_usage(directory).free)
+        self.ledger.room = Room(self._free(), reserves(config, sum(file.blob.size for file in policy_files)))
+        self._num_uncommitted = self._num_unmeasured = 0
+        """Bytes of payloads since the last commit, and since somebody looked how much room there is."""
+        self._facts: list[tuple[facts.AnyFact, bytes, float]] = []
         self._outgoing: list[Outgoing] = []
+        self._groups: list[Outgoing] = []
+        """Payloads for the learner: they come from the journal, so they wait for no commit."""
         self._removals: list[BlobRef] = []
         self._folds = Folds(self.blobs, run_beside, wake)
         self._routes_wanted: dict[tuple[str, str], tuple[int, tuple[Hop, ...]]] = {}
@@ -95,14 +119,19 @@ class Broker:
         self._snapshot_wanted = False
         entries = self._journal.entries()
         for entry in entries:
-            self.ledger.apply(entry.fact)
+            try:
+                self.ledger.apply(entry.fact)
+            except (LookupError, ValueError) as error:
+                problem = f"it contradicts what is before it ({error!r})"
+                raise JournalDamaged(directory / JOURNAL_NAME, f"event {entry.lsn}", problem) from error
             self.book.observe(entry.fact, now)
         self.ledger.recovered(now)
         if self.ledger.versions.anchor is not None:
             self._folds.pin(self.ledger.versions.anchor.delta)
         self._sweep(wall)
-        self._journal.append(facts.RunStarted(run, len(entries)), b"", wall)
+        self._journal.append(facts.RunStarted(run, len(entries), self._config_json), b"", wall)
         self._journal.commit()
+        self.measure_room(now, wall)
 
     # --- what comes in
 
@@ -122,6 +151,9 @@ class Broker:
                     self.book.actor_reported(actor, message, now)
                 self._handle(ev.ActorReported(actor, epoch, message), now, wall)
             case messages.SubmitGroup():
+                self._num_unmeasured += len(payload)
+                if self._num_unmeasured > MEASURE_BYTES:
+                    self.measure_room(now, wall)
                 self._handle(self._arrival(actor, epoch, message, bytes(payload)), now, wall)
             case messages.TicketFailed(seq=seq, ticket=ticket, attempt=attempt, reason=reason):
                 self._handle(ev.AttemptGivenUp(actor, epoch, seq, ticket, attempt, reason), now, wall)
@@ -153,7 +185,7 @@ class Broker:
             return ev.GroupArrived(*place, invalid=f"invalid: {error.reason}")
         return ev.GroupArrived(
             *place,
-            versions=np.unique(group.versions).tolist(),
+            versions=_distinct(group.versions),
             num_tokens=int(group.token_ids.size),
             reward=float(group.rewards.mean(dtype=np.float64)),
             payload=payload,
@@ -178,7 +210,7 @@ class Broker:
                 if group is None:
                     self._send(LEARNER, session, messages.LearnerRefused("group", f"ticket {message.ticket} has no group"))
                 else:
-                    self._send(LEARNER, session, messages.GroupData(message.ticket), group)
+                    self._groups.append(Outgoing(LEARNER, session, messages.GroupData(message.ticket), group))
             case messages.CommitStep():
                 self._handle(ev.StepDone(session, message.step, message.batch, message.lags, message.metrics), now, wall)
             case messages.Publish():
@@ -221,6 +253,8 @@ class Broker:
             self._snapshot_wanted = True
             return
         hops = self._to_fold(way.hops, begun if waits_from == held else ())
+        if hops and not self.ledger.room.allows_commits:
+            return  # a fold takes room, too: the actor asks again
         if hops and self._folds.has_failed(hops) and not any(hop.inverted for hop in way.hops):
             hops = ()  # what cannot be folded may still be followed delta by delta
         folded = self._folds.get(hops) if hops else None
@@ -267,6 +301,8 @@ class Broker:
                 self._route(actor, epoch, held)
 
     def _consider_anchor(self, now: float, wall: float) -> None:
+        if not self.ledger.room.allows_commits:
+            return
         due = self.ledger.versions.anchor_due() if self._anchoring is None else None
         if due is None or self._folds.has_failed(due[2].hops):
             return
@@ -278,8 +314,9 @@ class Broker:
             self._anchor(number, root, folded, now, wall)
 
     def _anchor(self, number: int, root: int, delta: BlobRef, now: float, wall: float) -> None:
-        self._folds.pin(delta)
-        self._handle(ev.AnchorMade(number, root, delta), now, wall)
+        if self.ledger.room.allows_commits:  # otherwise it is due again at the next publication
+            self._folds.pin(delta)
+            self._handle(ev.AnchorMade(number, root, delta), now, wall)
 
     def _publish(self, session: str, message: messages.Publish, now: float, wall: float) -> None:
         for blob in (message.delta, message.snapshot, message.compact):
@@ -312,6 +349,8 @@ class Broker:
         match message:
             case messages.GetStatus():
                 return self.status(now)
+            case messages.SetActors() | messages.StopRun() if not self.ledger.room.allows_commits:
+                return messages.NotNow(type(message).__name__, self.ledger.room.shortage)
             case messages.SetActors():
                 self._handle(ev.ActorsWanted(message.num_actors), now, wall)
             case messages.StopRun():
@@ -320,19 +359,69 @@ class Broker:
 
     def tick(self, now: float, wall: float) -> None:
         """Let time pass; to be called several times a second."""
+        self.measure_room(now, wall)
         self._collect_folds(now, wall)
         self._handle(ev.Tick(), now, wall)
+
+    # --- room on the disk
+
+    def measure_room(self, now: float, wall: float) -> None:
+        """Look how much room there is, and stop or go on accordingly. What is not committed yet has taken none."""
+        before, self._num_unmeasured = self.ledger.room, 0
+        room = before.measured(self._free() - COPIES * self._num_uncommitted)
+        self._handle(ev.RoomMeasured(room), now, wall)
+        if room.allows_same(before):
+            return
+        if room.shortage:
+            log.warning("%s", room.shortage)
+        else:
+            log.info("there is room on the broker's disk again: %d MiB free", room.free // MIB)
+            self._folds.forgive()
+
+    def no_room_for(self, num_bytes: int) -> str:
+        """Why so much of an upload cannot be stored now, or nothing. May be called by any thread."""
+        room = self.ledger.room.measured(self._free() - num_bytes)
+        return "" if room.allows_commits else room.shortage
 
     # --- what goes out
 
     def flush(self) -> list[Outgoing]:
         """Commit all facts, then hand out every message that was waiting for them. Raises JournalCommitFailed."""
+        decided = self.cut()
+        if decided.has_facts:
+            self.commit()
+        return [*self.groups(), *self.settle(decided)]
+
+    def cut(self) -> Decided:
+        """Append what has been decided since the last cut to the journal; not while a commit is under way. Raises JournalCommitFailed."""
+        found, self._facts = self._facts, []
+        for fact, payload, wall in found:
+            self._journal.append(fact, payload, wall)
+        num_bytes = sum(len(payload) for _, payload, _ in found)
+        decided = Decided(bool(found), num_bytes, _latest_acks(self._outgoing), self._removals)
+        self._outgoing, self._removals = [], []
+        return decided
+
+    def commit(self) -> None:
+        """Make durable what was cut. May be called by another thread, and messages be handled meanwhile. Raises JournalCommitFailed."""
         self._journal.commit()
-        for blob in self._removals:
+
+    def settle(self, decided: Decided) -> list[Outgoing]:
+        """Once it is durable: carry out what waited for that, and hand out its messages."""
+        self._num_uncommitted -= decided.num_bytes
+        for blob in decided.removals:
             self.blobs.remove(blob.digest)
-        self._removals.clear()
-        outgoing, self._outgoing = self._outgoing, []
-        return outgoing
+        return decided.outgoing
+
+    def groups(self) -> list[Outgoing]:
+        """Hand out the payloads that the learner has asked for. They were durable before they were read."""
+        found, self._groups = self._groups, []
+        return found
+
+    @property
+    def num_uncommitted(self) -> int:
+        """Bytes of payloads that are not durable yet."""
+        return self._num_uncommitted
 
     def status(self, now: float) -> messages.RunStatus:
         """The state of the run."""
@@ -349,7 +438,8 @@ class Broker:
         for effect in self.ledger.handle(event, now):
             match effect:
                 case ev.Record(fact, payload):
-                    self._journal.append(fact, payload, wall)
+                    self._facts.append((fact, payload, wall))
+                    self._num_uncommitted += len(payload)
                     self.book.observe(fact, now)
                     self._write_metrics(fact, wall)
                     if isinstance(fact, facts.VersionPublished) and fact.snapshot is not None:
@@ -372,14 +462,15 @@ class Broker:
                 case ev.SendLearner(session, message):
                     self._send_learner(session, message)
                 case ev.RemoveBlobs(blobs):
-                    self._removals += blobs
+                    policy = {file.blob.digest for file in self._policy_files}  # which a version may share, and newcomers always need
+                    self._removals += [blob for blob in blobs if blob.digest not in policy]
 
     def _send_learner(self, session: str, message: messages.ToLearner) -> None:
         if isinstance(message, messages.Published):
             wanted = self._snapshot_wanted and not self.ledger.versions.has_suspects
             message = msgspec.structs.replace(message, snapshot_wanted=wanted)
         about_publication = isinstance(message, messages.Published) or (
-            isinstance(message, messages.LearnerRefused) and message.request == "publish"
+            isinstance(message, messages.LearnerRefused | messages.NotNow) and message.request == "publish"
         )
         self._send(PUBLISHER if about_publication else LEARNER, session, message)
 
@@ -397,3 +488,17 @@ class Broker:
                 file.write(msgspec.json.encode(row) + b"\n")
         except OSError as error:  # a copy for other tools; the journal has it all
             log.warning("could not write %s: %s", METRICS_NAME, error.strerror)
+
+
+def _distinct(versions: NDArray[np.int32]) -> list[int]:
+    """The version numbers that occur, in order; nearly always there is one, and no need to sort."""
+    oldest = int(versions.min())
+    return [oldest] if oldest == versions.max() else np.unique(versions).tolist()
+
+
+def _latest_acks(outgoing: list[Outgoing]) -> list[Outgoing]:
+    """The messages, less the acknowledgements that a later one to the same peer includes."""
+    latest = {(one.peer, one.session): place for place, one in enumerate(outgoing) if isinstance(one.message, messages.Ack)}
+    return [
+        one for place, one in enumerate(outgoing) if not isinstance(one.message, messages.Ack) or latest[one.peer, one.session] == place
+    ]

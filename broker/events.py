@@ -6,8 +6,11 @@ the shell carries out nothing else of a round before all its records are committ
 
 from __future__ import annotations
 
+from typing import Final
+
 from msgspec import Struct
 
+from broker.room import Room
 from protocol import messages
 from protocol.facts import AnyFact
 from protocol.messages import ActorReport
@@ -143,6 +146,12 @@ class StopWanted(Struct, frozen=True):
     reason: str
 
 
+class RoomMeasured(Struct, frozen=True):
+    """Somebody looked how much room there is on the disk."""
+
+    room: Room
+
+
 class Tick(Struct, frozen=True):
     """Time passed."""
 
@@ -162,8 +171,18 @@ Event = (
     | ActorsWanted
     | StopWanted
     | AnchorMade
+    | RoomMeasured
     | Tick
 )
+
+
+REQUESTS: Final[dict[type[Event], str]] = {
+    StepDone: "commit",
+    VersionReady: "publish",
+    EvaluationDone: "evaluation",
+    LearnerGone: "done",
+}
+"""What a learner calls that which it asks for with these."""
 
 
 class Record(Struct, frozen=True):

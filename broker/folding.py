@@ -55,6 +55,10 @@ class Folds:
         """Whether this way, or one that it begins with, could not be folded."""
         return any(hops[: len(failed)] == failed for failed in self._failed)
 
+    def forgive(self) -> None:
+        """Try again what failed before, as when there was no room for it."""
+        self._failed.clear()
+
     def collect(self) -> list[Finished]:
         """The ways that were folded since the last call, with their file or the reason why there is none."""
         self._take_in()

@@ -50,7 +50,7 @@ class History:
     evaluations: dict[int, float] = field(default_factory=dict)
     """Held-out reward by step."""
     busy_seconds: float | None = None
-    """How long the learner session that ended the run was busy, if it ended in order."""
+    """How long the learner was busy, if one session did the whole run and ended in order."""
     _sessions: list[tuple[facts.LearnerStarted, str]] = field(default_factory=list)
     """Learner sessions, each with the configuration that it began with."""
     _versions: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class History:
             case facts.Evaluated():
                 self.evaluations[fact.step] = fact.reward
             case facts.LearnerFinished():
-                self.busy_seconds = fact.summary.get("busy_seconds")
+                self.busy_seconds = fact.summary.get("busy_seconds") if len(self._sessions) == 1 else None
             case _:
                 self._add_version(fact)
 
@@ -118,6 +118,10 @@ class History:
         if step:
             return self._versions.get((self.steps[step - 1].lineage, step)) if step - 1 in self.steps else None
         return max((number for (_, at), number in self._versions.items() if at == 0), default=None)
+
+    def newest_version_at(self, step: int) -> int | None:
+        """The number of the version that was the newest when theta_step was there: taken at `step`, or at the last step before with a version."""
+        return next((number for at in range(step, -1, -1) if (number := self.version_at(at)) is not None), None)
 
     def version_steps(self) -> dict[int, int]:
         """The step of each version."""

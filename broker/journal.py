@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import blake3
 import msgspec
 
+from broker.journal_files import JournalFiles
 from protocol import facts
 from protocol.errors import JournalCommitFailed, JournalDamaged
 from protocol.journal import FORMAT_VERSION, SCHEMA, UNREADABLE, JournalEntry, migrate, read_facts, read_payload
@@ -42,18 +42,13 @@ class RunJournal(Protocol):
         """Release it. What was appended and not committed is forgotten."""
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-
-
 class Journal:
     """The journal of one run, open for writing by one process."""
 
-    def __init__(self, path: Path, run: str, config: str, connect: Callable[[Path], sqlite3.Connection] = _connect) -> None:
+    def __init__(self, path: Path, run: str, config: str, files: JournalFiles | None = None) -> None:
         """Open the journal at `path`, or make it for `run` with its resolved configuration. Raises JournalError."""
-        self.path = path
-        self._connection = connect(path)
-        self._reader = connect(path)
+        self.path, self._files = path, files or JournalFiles(path)
+        self._connection, self._reader = self._files.connect(), self._files.connect()
         """Sees what is committed, and waits for no commit."""
         self._pending = False
         try:
@@ -63,13 +58,18 @@ class Journal:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._files.write_log_again()
+            self._connection.execute("ROLLBACK")
             if not num_tables:
                 self._create(run, config)
             migrate(self._connection, path)
             (self._lsn,) = self._connection.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
+            if (marked := self._files.read_mark()) > self._lsn:
+                raise JournalDamaged(path, f"events {self._lsn + 1} to {marked}", "they were committed and are not there")
         except BaseException as error:
             self.close()
-            if isinstance(error, sqlite3.OperationalError):
+            if isinstance(error, sqlite3.OperationalError | OSError):
                 raise JournalCommitFailed(path, str(error)) from error
             if isinstance(error, UNREADABLE):
                 raise JournalDamaged(path, "on opening", str(error)) from error
@@ -110,6 +110,7 @@ class Journal:
         except sqlite3.Error as error:
             raise JournalCommitFailed(self.path, str(error)) from error
         self._pending = False
+        self._files.write_mark(self._lsn)
 
     def payload(self, ticket: int) -> bytes | None:
         """The payload of the group committed last for `ticket`, None if there is none. May be called while another thread commits."""

@@ -1,6 +1,7 @@
 """The learner's port over ZeroMQ, blocking.
 
-Invariant: every request may be sent any number of times with the effect of once, so a request without an answer is simply sent again.
+Invariant: every request may be sent any number of times with the effect of once, so a request without an answer is simply sent again, and
+one that is answered "not now" is asked again for as long as it takes.
 Publications go over a connection of their own, beside the training loop. A third one carries heartbeats from a thread of its own, because the
 others are silent while the learner computes.
 """
@@ -21,10 +22,11 @@ from broker.blob_client import BlobClient
 from broker.blobs import BlobStore
 from broker.core import LEARNER, PUBLISHER
 from broker.keys import KeyFile
+from broker.put_off import PutOff
 from broker.server import make_identity
-from broker.sockets import Channel, client_socket, endpoint, send_or_drop, wait_connected
+from broker.sockets import Channel, Renewal, client_socket, endpoint, send_or_drop, wait_connected
 from protocol import codec, messages
-from protocol.errors import BrokerUnreachable, IncompatiblePeer, MalformedFrame, RequestRefused
+from protocol.errors import BrokerUnreachable, IncompatiblePeer, MalformedFrame, RequestRefused, TakenOver
 from protocol.messages import HEARTBEAT_SECONDS, PROTOCOL_VERSION
 from protocol.ports import ReceivedBatch
 from protocol.weights import BlobRef
@@ -56,9 +58,11 @@ class LearnerClient:
             self._context.term()
             raise
         self._publishing = client_socket(self._context, address, Channel.LEARNER, key, make_identity(PUBLISHER, self._session))
-        self._publishing.connect(endpoint(address, Channel.LEARNER))
-        self._blobs = BlobClient(self._context, address, key, identity)
+        where = endpoint(address, Channel.LEARNER)
+        self._publishing.connect(where)
+        self._renewals = {socket: Renewal(socket, where) for socket in (self._socket, self._publishing)}
         self._activity = _Activity(self._session)
+        self._blobs = BlobClient(self._context, address, key, identity, put_off=self._activity.put_off)
         self._heartbeat = _Heartbeat(self._context, address, key, self._activity)
         self._heartbeat.start()
         self._stop: messages.Stop | None = None
@@ -129,6 +133,10 @@ class LearnerClient:
         self.confirm()
         self._request(messages.LearnerDone(step, summary), messages.Goodbye, "the goodbye")
 
+    def note(self, note: Callable[[], str]) -> None:
+        """Heartbeats also say what `note` gives, if that is not empty; asked from another thread."""
+        self._activity.note = note
+
     def close(self) -> None:
         self._heartbeat.stop()
         self._blobs.close()
@@ -154,7 +162,7 @@ class LearnerClient:
                 continue
             heard_at = time.monotonic()
             message, payload = received
-            if isinstance(message, messages.GroupData):
+            if isinstance(message, messages.GroupData) and message.ticket in tickets:
                 payloads[message.ticket] = bytes(payload)
                 asked.discard(message.ticket)
             self._note(message)
@@ -196,6 +204,7 @@ class LearnerClient:
                 heard_at = time.monotonic()
                 message, _ = received
                 if isinstance(message, answer) and (fits is None or fits(message)):
+                    self._activity.put_off.over()
                     return message
                 self._note(message)
         return None
@@ -209,8 +218,12 @@ class LearnerClient:
                 if protocol != PROTOCOL_VERSION:
                     raise IncompatiblePeer(PROTOCOL_VERSION, protocol)
                 raise RequestRefused("hello", reason)
+            case messages.LearnerRefused(request, reason=messages.TAKEN_OVER):
+                raise TakenOver(request)
             case messages.LearnerRefused(request, reason):
                 raise RequestRefused(request, reason)
+            case messages.NotNow(request, reason):
+                self._activity.put_off.told(request, reason, time.monotonic())
             case messages.BatchPending():
                 self._activity.waiting_for = message.waiting_for
 
@@ -223,6 +236,7 @@ class LearnerClient:
                 log.warning("ignored a message of the broker: %s", error)
                 return messages.Committed(0), b""  # it was heard, and said nothing that is waited for
         silent = time.monotonic() - heard_at
+        self._renewals[socket].consider(heard_at, time.monotonic())
         if silent > 5 * RESEND_SECONDS:
             log.warning("waiting for %s, the broker at %s was last heard %.0f s ago", waiting_for, self._address, silent)
         if silent > GONE_SECONDS:
@@ -244,6 +258,8 @@ class _Activity:
 
     def __init__(self, session: str) -> None:
         self.session, self.step, self.waiting_for = session, 0, ""
+        self.put_off = PutOff(log)
+        self.note: Callable[[], str] = lambda: ""
         self._text, self._since = "", time.monotonic()
         self._started, self._busy = self._since, 0.0
         self._lock = threading.Lock()
@@ -259,7 +275,11 @@ class _Activity:
         with self._lock:
             now = time.monotonic()
             busy = self._busy + (now - self._since if self._text else 0.0)
-            doing = self._text or f"waiting for {now - self._since:.1f} s: {self.waiting_for or 'the broker'}"
+            waiting_for = self.put_off.reason or self.waiting_for or "the broker"
+            doing = self._text or f"waiting for {now - self._since:.1f} s: {waiting_for}"
+            doing = f"{self._text}, put off: {self.put_off.reason}" if self._text and self.put_off.reason else doing
+            note = self.note()
+            doing = f"{doing} ({note})" if note else doing
             return messages.LearnerReport(self.session, self.step, busy, now - self._started, doing[:4096])
 
 
@@ -271,11 +291,15 @@ class _Heartbeat(threading.Thread):
         self._activity, self._stopped = activity, threading.Event()
         identity = make_identity("heartbeat", activity.session)
         self._socket = client_socket(context, address, Channel.LEARNER, key, identity)
-        self._socket.connect(endpoint(address, Channel.LEARNER))
+        self._where = endpoint(address, Channel.LEARNER)
+        self._socket.connect(self._where)
 
     def run(self) -> None:
+        renewal, sent_at = Renewal(self._socket, self._where), time.monotonic()
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            send_or_drop(self._socket, codec.encode(self._activity.report()), 0)
+            if send_or_drop(self._socket, codec.encode(self._activity.report()), 0):
+                sent_at = time.monotonic()
+            renewal.consider(sent_at, time.monotonic())  # nothing answers here; without a connection nothing can be sent
         self._socket.close(linger=0)
 
     def stop(self) -> None:

@@ -7,7 +7,7 @@ Invariants, after every event:
               is history: a resumed learner is given it again as it was, see docs/decisions/002-batches-are-history.md.)
 
 No sockets, no clock, no files. `handle` decides; every change of what must survive a crash is a fact, and facts are applied by `apply` alone, so
-feeding a journal's facts to `apply` rebuilds the ledger. Heartbeats and credit are not facts: they come again by themselves.
+feeding a journal's facts to `apply` rebuilds the ledger. Heartbeats, credit and room on the disk are not facts: they come again by themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import Counter
 
 from broker import events as ev
 from broker.publications import Publications, Standing
+from broker.room import PLENTY
 from broker.state import ActorState, LearnerState, Progress, brief, finite
 from broker.tickets import State, Ticket, TicketTable
 from protocol import facts, messages
@@ -39,7 +40,7 @@ class Ledger:
         self.progress = Progress()
         self.actors: dict[str, ActorState] = {}
         self.learner: LearnerState | None = None
-        self.desired_actors = desired_actors
+        self.desired_actors, self.room = desired_actors, PLENTY
         self._run_seed, self._num_prompts = run_seed, num_prompts
         self.noise: Counter[str] = Counter()
         """Results that came twice or out of turn since this process started; harmless, and not journalled."""
@@ -53,6 +54,8 @@ class Ledger:
     def handle(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """What follows from `event` at `now` (monotonic seconds)."""
         self._effects, self._now = [], now
+        if not self.room.allows_commits and self._put_off(event):
+            return self._effects
         match event:
             case ev.ActorHere():
                 self._actor_here(event)
@@ -75,11 +78,34 @@ class Ledger:
                 self._stop(event.reason)
             case ev.AnchorMade():
                 self._anchor_made(event)
+            case ev.RoomMeasured(room):
+                if room.allows_commits and not self.room.allows_commits:
+                    self.recovered(now)  # meanwhile nobody's lease could end
+                self.room = room
             case ev.Tick():
                 self._expire_leases()
         self._issue()
         self._deliver()
         return self._effects
+
+    def _put_off(self, event: ev.Event) -> bool:
+        """Whether an event can lead to facts, for which there is no room: it is left undone, and comes again from whoever caused it."""
+        match event:
+            case ev.ActorHere():
+                if self._present(event.actor, event.epoch) is not None:
+                    return False
+                self._send(event.actor, event.epoch, messages.NotNow("hello", self.room.shortage))
+            case ev.LearnerHere():
+                if self.learner is not None and self.learner.session == event.session:
+                    return False
+                self._answer(event.session, messages.NotNow("hello", self.room.shortage))
+            case ev.StepDone() | ev.VersionReady() | ev.EvaluationDone() | ev.LearnerGone():
+                if self.learner is None or self.learner.session != event.session:
+                    return False
+                self._answer(event.session, messages.NotNow(ev.REQUESTS[type(event)], self.room.shortage))
+            case ev.ActorReported() | ev.BatchWanted() | ev.RoomMeasured():
+                return False
+        return True
 
     def _record(self, fact: facts.AnyFact, payload: bytes = b"") -> None:
         self._effects.append(ev.Record(fact, payload))
@@ -241,7 +267,7 @@ class Ledger:
 
     def _issue(self) -> None:
         """Issue whatever pacing allows, to the actors with credit, those with the fewest tickets in hand first."""
-        if self.progress.stopping or self.progress.lineage < 0:
+        if self.progress.stopping or self.progress.lineage < 0 or not self.room.allows_credit:
             return
         while (due := self.tickets.next_issue()) is not None:
             number, batch = due
@@ -274,17 +300,12 @@ class Ledger:
     def _learner_here(self, event: ev.LearnerHere) -> None:
         if self.learner is None or self.learner.session != event.session:
             if event.step > self.progress.step:
-                self._answer(event.session, messages.LearnerRefused("hello", self._ahead(event.step)))
+                at = f"it starts from step {event.step}, but this run's journal ends at step {self.progress.step}"
+                self._answer(event.session, messages.LearnerRefused("hello", f"{at}; start it from a checkpoint of this run"))
                 return
             self._record(facts.LearnerStarted(event.session, self.progress.lineage + 1, event.step, event.world_size, event.environment))
         lineage, number = self.progress.lineage, self.versions.next_number
         self._effects.append(ev.WelcomeLearner(event.session, lineage, number))
-
-    def _ahead(self, step: int) -> str:
-        return (
-            f"the learner starts from step {step}, but this run's journal ends at step {self.progress.step}; "
-            "start it from a checkpoint of this run"
-        )
 
     def _answer(self, session: str, message: messages.ToLearner) -> None:
         self._effects.append(ev.SendLearner(session, message))
@@ -292,7 +313,7 @@ class Ledger:
     def _from_learner(self, event: ev.BatchWanted | ev.StepDone | ev.VersionReady | ev.EvaluationDone | ev.LearnerGone) -> None:
         if self.learner is None or self.learner.session != event.session:
             about = "publish" if isinstance(event, ev.VersionReady) else "request"
-            self._answer(event.session, messages.LearnerRefused(about, "another learner session has taken over"))
+            self._answer(event.session, messages.LearnerRefused(about, messages.TAKEN_OVER))
             return
         match event:
             case ev.BatchWanted():
@@ -314,7 +335,7 @@ class Ledger:
             return
         batch = self.pacing.batch_of_step(step)
         if step > self.progress.step:
-            self._answer(learner.session, messages.BatchPending(step, 0, f"the commit of step {self.progress.step}"))
+            self._answer(learner.session, messages.BatchPending(step, 0, self.room.shortage or f"the commit of step {self.progress.step}"))
             return
         if step != self.progress.step or batch > self.tickets.next_batch:
             reason = f"step {step} was asked for, the next one is {self.progress.step}"
@@ -322,7 +343,7 @@ class Ledger:
             return
         if learner.waiting_step != step:
             learner.waiting_step, learner.waiting_since = step, self._now
-        if batch == self.tickets.next_batch and self.tickets.complete() is None:
+        if batch == self.tickets.next_batch and (self.tickets.complete() is None or not self.room.allows_commits):
             missing = self.pacing.groups_per_batch - self.tickets.num_queued_for_next()
             self._answer(learner.session, messages.BatchPending(step, missing, self.why_waiting()))
 
@@ -333,6 +354,8 @@ class Ledger:
             return
         number = self.pacing.batch_of_step(learner.waiting_step)
         if number == self.tickets.next_batch:
+            if not self.room.allows_commits:
+                return
             for ticket in self.tickets.complete() or []:
                 if ticket.oldest_step < self.pacing.oldest_step(number):
                     self._end(ticket.number, "expired", "older than max_lag at delivery")
@@ -350,9 +373,12 @@ class Ledger:
         if event.step < self.progress.step:
             self._answer(event.session, messages.Committed(event.step))
             return
+        if event.step > self.progress.step:  # a commit before it was lost on the way; the learner sends them all again
+            self._answer(event.session, messages.BatchPending(event.step, 0, f"the commit of step {self.progress.step}"))
+            return
         batch = self.tickets.batches.get(event.batch)
-        if event.step > self.progress.step or batch is None or event.batch != self.pacing.batch_of_step(event.step):
-            self._answer(event.session, messages.LearnerRefused("commit", f"step {event.step} is not the next one"))
+        if batch is None or event.batch != self.pacing.batch_of_step(event.step):
+            self._answer(event.session, messages.LearnerRefused("commit", f"step {event.step} does not use batch {event.batch}"))
             return
         lags = [event.step - oldest for oldest in batch.oldest_steps]
         self._record(facts.StepCommitted(event.step, event.batch, self.progress.lineage, lags, finite(event.metrics)))
@@ -445,7 +471,7 @@ class Ledger:
     def _stop(self, reason: str) -> None:
         if self.progress.stopping:
             return
-        reason = brief(reason)
+        reason = brief(reason) or "somebody asked for it"  # an empty reason is how a run that goes on looks
         self._record(facts.RunStopping(reason))
         self._effects.append(ev.SendAllActors(messages.Stop(reason)))
         if self.learner is not None:
@@ -559,7 +585,8 @@ class Ledger:
         """Who the learner's next batch waits for, in words."""
         missing = self.tickets.missing()
         held = Counter(ticket.actor or "nobody" for ticket in missing)
-        parts = [
+        parts = [self.room.shortage] if self.room.shortage else []
+        parts += [
             f"{count} with {name}" + (f" (seen {self._now - self.actors[name].seen_at:.1f} s ago)" if name in self.actors else "")
             for name, count in sorted(held.items())
         ]

@@ -7,12 +7,14 @@ blobs included, is the broker that the socket server runs.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from broker.core import LEARNER, PUBLISHER, Broker, actor_peer
+from broker.put_off import ASK_AGAIN_SECONDS, PutOff
 from broker.session import ActorSession, Result
 from protocol import messages
 from protocol.errors import IncompatiblePeer, RequestRefused
@@ -21,6 +23,7 @@ from protocol.messages import PROTOCOL_VERSION, ActorReport, WireTicket
 from protocol.ports import Clock, ReceivedBatch
 from protocol.weights import BlobRef, PolicyVersion
 
+log = logging.getLogger("learner")
 TURN_SECONDS = 0.002
 """How long the learner lets the event loop turn before it asks again."""
 
@@ -31,7 +34,7 @@ class MemoryBroker:
     """A broker and the mailboxes of the peers beside it in the process."""
 
     def __init__(self, broker: Broker, clock: Clock) -> None:
-        self.broker, self._clock = broker, clock
+        self.broker, self.clock = broker, clock
         self._actors: dict[tuple[str, str], MemoryActorPort] = {}
         self.learner: MemoryLearnerPort | None = None
 
@@ -48,12 +51,13 @@ class MemoryBroker:
 
     def from_actor(self, port: MemoryActorPort, message: messages.ActorMessage, payload: bytes = b"") -> None:
         """Carry a message from an actor to the broker, and everything that follows to where it belongs."""
-        self.broker.actor_message(port.name, port.epoch, message, payload, self._clock.monotonic(), self._clock.wall())
+        self.broker.actor_message(port.name, port.epoch, message, payload, self.clock.monotonic(), self.clock.wall())
         self._deliver()
 
     def from_learner(self, session: str, message: messages.LearnerMessage) -> None:
-        """Carry a message from the learner to the broker."""
-        self.broker.learner_message(session, message, self._clock.monotonic(), self._clock.wall())
+        """Carry a message from the learner to the broker. Nobody lets the broker's time pass here, so that it looks at its disk now."""
+        self.broker.measure_room(self.clock.monotonic(), self.clock.wall())
+        self.broker.learner_message(session, message, self.clock.monotonic(), self.clock.wall())
         self._deliver()
 
     def _deliver(self) -> None:
@@ -100,8 +104,9 @@ class MemoryActorPort:
     async def join(self, engine: str, report: Callable[[], ActorReport]) -> messages.ActorWelcome:
         self._report = report
         hello = messages.ActorHello(PROTOCOL_VERSION, self.name, self.epoch, engine, "memory", os.getpid(), [])
-        self._memory.from_actor(self, hello)
-        await self._until(lambda: self._session.welcome is not None)
+        while self._session.welcome is None:
+            self._memory.from_actor(self, hello)
+            await self._until(lambda: self._session.welcome is not None, messages.HEARTBEAT_SECONDS)
         assert self._session.welcome is not None
         self.report_now()
         return self._session.welcome
@@ -109,6 +114,8 @@ class MemoryActorPort:
     def report_now(self) -> None:
         if self._report is not None:
             self._memory.from_actor(self, self._report())
+        for result in list(self._session.unacked.values()):  # there was no room for it
+            self._memory.from_actor(self, result.message, result.payload)
 
     async def next_ticket(self) -> WireTicket | None:
         self.report_now()
@@ -169,6 +176,7 @@ class MemoryLearnerPort:
         self._memory, self._loop, self._check = memory, loop, check
         self.session = os.urandom(6).hex()
         self.inbox: list[tuple[messages.Message, bytes]] = []
+        self._put_off = PutOff(log)
 
     def join(self, step: int, world_size: int, environment: dict[str, str]) -> messages.LearnerWelcome:
         hello = messages.LearnerHello(PROTOCOL_VERSION, self.session, step, world_size, environment)
@@ -184,8 +192,7 @@ class MemoryLearnerPort:
                 if isinstance(message, messages.BatchReady):
                     payloads = [self._payload(ticket) for ticket in message.tickets]
                     return ReceivedBatch(message.batch, payloads, message.version_steps)
-            self._check()
-            self._loop.run_until_complete(asyncio.sleep(TURN_SECONDS))
+            self._turn(TURN_SECONDS)
 
     def _payload(self, ticket: int) -> bytes:
         self._memory.from_learner(self.session, messages.GetGroup(ticket))
@@ -198,13 +205,15 @@ class MemoryLearnerPort:
         pass
 
     def put_blob(self, data: bytes) -> BlobRef:
+        while self._memory.broker.no_room_for(len(data)):
+            self._turn(ASK_AGAIN_SECONDS)
         return self._memory.broker.blobs.add(data)
 
     def publish(self, publication: messages.Publish) -> messages.Published:
         return self._ask(publication, messages.Published)
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
-        self._memory.from_learner(self.session, messages.Evaluation(step, reward, num_prompts))
+        self._ask(messages.Evaluation(step, reward, num_prompts), messages.EvaluationNoted)
 
     def doing(self, text: str) -> None:
         del text
@@ -216,11 +225,26 @@ class MemoryLearnerPort:
         pass
 
     def _ask(self, request: messages.LearnerMessage, answer: type[R]) -> R:
-        self._memory.from_learner(self.session, request)
-        for message, _ in self._take():
-            if isinstance(message, answer):
-                return message
+        """The answer to a request; one that is put off is made again for as long as it takes."""
+        is_put_off = True
+        while is_put_off:
+            self._memory.from_learner(self.session, request)
+            is_put_off = False
+            for message, _ in self._take():
+                if isinstance(message, answer):
+                    self._put_off.over()
+                    return message
+                if isinstance(message, messages.NotNow):
+                    is_put_off = True
+                    self._put_off.told(message.request, message.reason, self._memory.clock.monotonic())
+            if is_put_off:
+                self._turn(ASK_AGAIN_SECONDS)
         raise RequestRefused(type(request).__name__, "no answer")
+
+    def _turn(self, seconds: float) -> None:
+        """Let the actors live for a while."""
+        self._check()
+        self._loop.run_until_complete(asyncio.sleep(seconds))
 
     def _take(self) -> list[tuple[messages.Message, bytes]]:
         taken, self.inbox = self.inbox, []

@@ -9,6 +9,7 @@ or a snapshot. The anchor is one folded delta from the root to a version further
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Literal, NamedTuple
@@ -81,7 +82,7 @@ class Publications:
     @property
     def next_number(self) -> int:
         """The number that the next publication takes."""
-        return max(self.by_number, default=-1) + 1
+        return next(reversed(self.by_number), -1) + 1
 
     @property
     def newest(self) -> PolicyVersion | None:
@@ -121,19 +122,20 @@ class Publications:
 
     def reproduced_by(self, version: PolicyVersion) -> int | None:
         """The number of the not orphaned version with this step and root."""
-        for number, publication in self.by_number.items():
-            same = (publication.version.step, publication.version.root) == (version.step, version.root)
-            if same and publication.standing is not Standing.ORPHANED:
-                return number
-        return None
+        found = self._at_or_beyond(version.step)
+        return next((p.version.number for p in found if (p.version.step, p.version.root) == (version.step, version.root)), None)
 
     def in_doubt_from(self, step: int) -> list[int]:
         """Suspect versions at or beyond `step`: orphans once the learner has arrived elsewhere at `step`."""
-        return [
-            number
-            for number, publication in self.by_number.items()
-            if publication.standing is Standing.SUSPECT and publication.version.step >= step
-        ]
+        return [p.version.number for p in self._at_or_beyond(step) if p.standing is Standing.SUSPECT][::-1]
+
+    def _at_or_beyond(self, step: int) -> Iterator[Publication]:
+        """The versions at or beyond `step` that are not orphaned, newest first. Their steps rise with their numbers, so the last few are seen."""
+        for publication in reversed(self.by_number.values()):
+            if publication.standing is not Standing.ORPHANED:
+                if publication.version.step < step:
+                    return
+                yield publication
 
     # --- ways
 
@@ -226,7 +228,7 @@ class Publications:
 
     def before(self, hop: Hop) -> PolicyVersion:
         """The version that a hop forwards starts from."""
-        (child,) = (publication.fact for publication in self.by_number.values() if publication.fact.delta == hop.delta)
+        child = next(publication.fact for publication in self.by_number.values() if publication.fact.delta == hop.delta)
         return self.by_number[child.parent].version
 
     # --- anchor and retention

@@ -9,7 +9,7 @@ import mmap
 from pathlib import Path
 
 from broker.blobs import BlobStore
-from broker.publications import Publications, Way
+from broker.publications import Hop, Publication, Publications, Way
 from protocol.base import WEIGHTS_SUFFIX, base_tensors
 from protocol.delta import Delta, apply_in_place, read_header
 from protocol.errors import RootMismatch, WeightsError
@@ -35,12 +35,8 @@ class RecordedWeights:
         published = self._publications.by_number.get(number)
         if published is None:
             raise WeightsError(f"the run has no version {number}. It has versions 0 to {self._publications.next_number - 1}.")
-        way = self._publications.way_between(self._number, number) if self._number >= 0 else None
-        held, self._number = self._number, -1
-        if way is None or (held < 0) or len(way.hops) > _num_hops(self._publications.way_to(number)):
-            way = self._publications.way_to(number)
-            if way is None:
-                raise WeightsError(f"version {number} cannot be built again: the deltas that lead there were dropped to save room.")
+        way, self._number = self._way(self._number, published), -1
+        if way.start != "held":
             self._weights = self._start(way)
         for hop in way.hops:
             self._weights = _follow(self._map(hop.delta), self._weights, inverted=hop.inverted)
@@ -49,6 +45,17 @@ class RecordedWeights:
             raise RootMismatch(published.version.root, found, f"version {number}, built again from its files")
         self._number = number
         return self._weights
+
+    def _way(self, held: int, published: Publication) -> Way:
+        """The shorter of the ways from version `held` and from nothing."""
+        delta, number = published.fact.delta, published.version.number
+        if published.fact.parent == held and delta is not None and published.has_delta:  # as most often, and found without a search
+            return Way("held", None, (Hop(delta),))
+        ways = [self._publications.way_between(held, number), self._publications.way_to(number)]
+        found = min((way for way in ways if way is not None), key=lambda way: len(way.hops), default=None)
+        if found is None:
+            raise WeightsError(f"version {number} cannot be built again: the deltas that lead there were dropped to save room.")
+        return found
 
     def _start(self, way: Way) -> Weights:
         if way.start == "base":
@@ -89,10 +96,6 @@ def _follow(data: bytes | memoryview, weights: Weights, *, inverted: bool) -> We
         raise WeightsError("a delta of the recording adds or removes tensors; only runs of one layout can be built again.")
     apply_in_place(delta, weights)
     return weights
-
-
-def _num_hops(way: Way | None) -> float:
-    return float("inf") if way is None else len(way.hops)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -17,9 +17,13 @@ from typing import Any, Final
 
 import zmq
 
+from broker import limits
 from broker.blobs import BlobStore
+from broker.door import Door
+from broker.guard import Guard
 from broker.keys import KeyFile
-from broker.sockets import Authenticator, receive, server_socket
+from broker.sockets import Authenticator, server_socket
+from broker.turned_away import TurnedAway
 from protocol import codec, messages
 from protocol.errors import AddressInUse, MalformedFrame, SlipstreamError
 from protocol.messages import HEARTBEAT_SECONDS
@@ -47,7 +51,7 @@ class Relay(threading.Thread):
         self._stores, self._obtain = stores, obtain
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = Authenticator(self._context, {DOMAIN: {key.public}})
-        self._socket = server_socket(self._context, DOMAIN, key)
+        self._socket = server_socket(self._context, DOMAIN, key, limits.relay())
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -57,13 +61,16 @@ class Relay(threading.Thread):
         self._waiting: dict[str, list[Question]] = {}
         self._coming: dict[str, Future[Any]] = {}
         self._stopped = threading.Event()
+        self._door = Door(DOMAIN.lower(), self._socket, limits.relay(), TurnedAway(log))
+        self._guard = Guard([self._door], self._stopped.set)
         self.num_bytes = 0
 
     def run(self) -> None:
         """The loop."""
+        self._guard.start()
         told_at = 0.0
         while not self._stopped.is_set():
-            if self._socket.poll(50):
+            if self._door.wait(50):
                 self._take()
             for digest in [digest for digest, future in self._coming.items() if future.done()]:
                 self._arrived(digest)
@@ -72,6 +79,7 @@ class Relay(threading.Thread):
                 for questions in self._waiting.values():
                     for identity, question in dict(questions).items():
                         self._send(identity, messages.Chunk(question.digest, question.offset, question.size), b"")
+        self._guard.stop()
         self._release()
 
     def stop(self) -> None:
@@ -81,11 +89,12 @@ class Relay(threading.Thread):
             self.join()
 
     def _take(self) -> None:
-        identity, *frames = receive(self._socket)
+        received = self._door.receive()
+        identity = received.identity
         try:
-            message, _ = codec.from_blob_client.decode(frames)
+            message, _ = codec.from_blob_client.decode(received.frames)
         except MalformedFrame as error:
-            log.warning("refused a message to the relay: %s", error)
+            self._door.refuse(received, error)
             return
         if not isinstance(message, messages.GetChunk):
             self._send(identity, messages.BlobRefused(message.digest, "a relay takes no files"), b"")
@@ -120,11 +129,7 @@ class Relay(threading.Thread):
                 self._send(identity, messages.BlobRefused(digest, reason[: messages.MAX_TEXT]), b"")
 
     def _send(self, identity: bytes, message: messages.ToBlobClient, data: bytes) -> None:
-        try:
-            self._socket.send_multipart([identity, *codec.encode(message, data)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
+        self._door.send(identity, codec.encode(message, data))
 
     def _release(self) -> None:
         self._socket.close(linger=200)

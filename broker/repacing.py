@@ -1,9 +1,10 @@
 """A recorded run through the ledger alone, under another pacing: what would have been held back, expired, waited for.
 
-Pure: facts with their times in, an account out. What is taken from the recording: how long each ticket took from issue to acceptance, how long
-the learner was busy with each step and with publishing it, how long an actor took to sample from a new version, when actors came and went and how
-many tickets they had in hand. The ledger is the real one; only the clock and the peers are made up. With the recorded pacing the account should be
-about what was recorded, and `repace` is worth as much as it is.
+Pure: facts with their times in, an account out. What is taken from the recording: how long an actor worked on each ticket, how long each batch was
+under way to the learner, how long the learner was busy with each step and with publishing it, what a learner that died lost, how long an actor took
+to sample from a new version, when actors came and went, how many tickets they had in hand and on how many of those they worked at a time. The ledger
+is the real one; only the clock and the peers are made up. With the recorded pacing the account should be about what was recorded, and `repace` is
+worth as much as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ BLOB = "0" * 64
 
 
 class Presence(NamedTuple):
-    """One process of an actor: seconds from the run's start to its coming and going, tickets in hand at most, seconds to take a version over."""
+    """One process of an actor: seconds from the run's start to its coming and going, tickets in hand at most, seconds to take a version over.
+
+    It works on `at_a_time` of its tickets, in the order of their issue; the others wait.
+    """
 
     name: str
     epoch: str
@@ -37,6 +41,7 @@ class Presence(NamedTuple):
     went: float
     capacity: int
     update_seconds: float
+    at_a_time: int
 
 
 @dataclass(slots=True)
@@ -44,7 +49,12 @@ class Course:
     """What a recording says about durations, all in seconds. The defaults stand in where the recording says nothing."""
 
     ticket_seconds: dict[int, float] = field(default_factory=dict)
+    """From when an actor could begin with a ticket (issued, and those before it done) until its group was accepted."""
+    delivery_seconds: dict[int, float] = field(default_factory=dict)
+    """For each step, from when its batch was complete and asked for until the learner had it."""
     step_seconds: dict[int, float] = field(default_factory=dict)
+    lost_seconds: dict[int, float] = field(default_factory=dict)
+    """For each step that a learner resumed at: from the first commit of the step before until then, in work done again and without a learner."""
     publish_seconds: float = 0.0
     learner_came: float = 0.0
     presences: list[Presence] = field(default_factory=list)
@@ -79,80 +89,143 @@ def course_of(entries: Iterable[JournalEntry]) -> Course:
     return reader.finish()
 
 
+class _ActorReader:
+    """One process of an actor, as the facts tell of it."""
+
+    def __init__(self, came: float) -> None:
+        self.came, self.went = came, float("inf")
+        self.in_hand: dict[int, float] = {}
+        """When each ticket in hand was issued, in that order."""
+        self.most = self.most_overtaken = 0
+        self.first_use: dict[int, float] = {}
+        """For each version, seconds from its publication to the first ticket issued under it."""
+        self._groups: list[tuple[int, float, float]] = []
+        """Each group's ticket, when that was issued, and when it was accepted, in the order of acceptance."""
+
+    def issue(self, now: float, ticket: int) -> None:
+        self.in_hand.pop(ticket, None)
+        self.in_hand[ticket] = now
+        self.most = max(self.most, len(self.in_hand))
+
+    def end(self, now: float, ticket: int, *, accepted: bool) -> None:
+        """A ticket leaves the hand."""
+        if ticket not in self.in_hand:
+            return
+        self.most_overtaken = max(self.most_overtaken, next(place for place, one in enumerate(self.in_hand) if one == ticket))
+        issued = self.in_hand.pop(ticket)
+        if accepted:
+            self._groups.append((ticket, issued, now))
+
+    @property
+    def at_a_time(self) -> int:
+        """A ticket that is done before others that were issued earlier was worked on beside them."""
+        return 1 + self.most_overtaken
+
+    def ticket_seconds(self) -> dict[int, float]:
+        """How long each ticket was worked on, if `at_a_time` of them are, in the order of their issue."""
+        free = [float("-inf")] * self.at_a_time
+        """When each place to work at became free."""
+        found = {}
+        for ticket, issued, done in self._groups:
+            began = max(issued, heapq.heappop(free))
+            found[ticket] = max(0.0, done - began)
+            heapq.heappush(free, done)
+        return found
+
+
 class _Reader:
     """Takes in facts with their times."""
 
     def __init__(self) -> None:
         self.course = Course()
         self._start: float | None = None
-        self._last = 0.0
-        self._issued: dict[int, tuple[float, str, str]] = {}
-        self._in_hand: Counter[tuple[str, str]] = Counter()
-        self._most: Counter[tuple[str, str]] = Counter()
-        self._came: dict[tuple[str, str], float] = {}
-        self._went: dict[tuple[str, str], float] = {}
+        self._actors: dict[tuple[str, str], _ActorReader] = {}
+        self._gone: list[tuple[tuple[str, str], _ActorReader]] = []
         self._published: dict[int, float] = {}
-        self._first_use: dict[tuple[str, str], dict[int, float]] = {}
-        self._stepped_at = 0.0
         self._publishing: list[float] = []
+        self._committed: dict[int, float] = {}
+        """When each step was committed first."""
+        self._formed_at = self._stepped_at = 0.0
+        self._waiting: dict[int, float] = {}
+        self._lags: dict[int, list[int]] = {}
 
     def take(self, wall: float, fact: facts.AnyFact) -> None:
         if self._start is None:
             self._start = wall
         now = wall - self._start
-        self._last = max(self._last, now)
         match fact:
-            case facts.ActorJoined():
-                self._came[fact.actor, fact.epoch] = now
-            case facts.ActorLeft():
-                self._went[fact.actor, fact.epoch] = now
-                self._in_hand[fact.actor, fact.epoch] = 0
             case facts.TicketIssued():
-                peer = (fact.actor, fact.epoch)
-                self._issued[fact.ticket] = (now, *peer)
-                self._in_hand[peer] += 1
-                self._most[peer] = max(self._most[peer], self._in_hand[peer])
+                actor = self._actor(now, fact.actor, fact.epoch)
+                actor.issue(now, fact.ticket)
                 if fact.version in self._published:
-                    self._first_use.setdefault(peer, {}).setdefault(fact.version, now - self._published[fact.version])
+                    actor.first_use.setdefault(fact.version, now - self._published[fact.version])
             case facts.GroupAccepted() | facts.AttemptFailed():
-                issued, *peer_of = self._issued.get(fact.ticket, (now, fact.actor, fact.epoch))
-                self._in_hand[peer_of[0], peer_of[1]] -= 1
-                if isinstance(fact, facts.GroupAccepted):
-                    self.course.ticket_seconds[fact.ticket] = now - issued
+                self._actor(now, fact.actor, fact.epoch).end(now, fact.ticket, accepted=isinstance(fact, facts.GroupAccepted))
+            case facts.TicketRevoked():
+                for actor in self._actors.values():
+                    actor.in_hand.pop(fact.ticket, None)
+            case facts.ActorJoined():
+                self._actor(now, fact.actor, fact.epoch)
+            case facts.ActorLeft():
+                self._leave(now, (fact.actor, fact.epoch))
             case facts.TicketEnded():
                 self.course.expired += fact.outcome == "expired"
             case _:
                 self._take_learner(now, fact)
 
+    def _actor(self, now: float, name: str, epoch: str) -> _ActorReader:
+        if (name, epoch) not in self._actors:
+            self._actors[name, epoch] = _ActorReader(now)
+        return self._actors[name, epoch]
+
+    def _leave(self, now: float, peer: tuple[str, str]) -> None:
+        if (actor := self._actors.pop(peer, None)) is not None:
+            actor.went = now
+            self._gone.append((peer, actor))
+
     def _take_learner(self, now: float, fact: facts.AnyFact) -> None:
         course = self.course
         match fact:
             case facts.LearnerStarted():
-                course.learner_came = course.learner_came or now
+                if fact.step in course.step_seconds or fact.step - 1 in self._committed:
+                    course.lost_seconds[fact.step] = now - self._committed.get(fact.step - 1, course.learner_came)
+                else:
+                    course.learner_came = now
                 self._stepped_at = now
             case facts.VersionPublished():
                 self._published[fact.version.number] = now
-                self._publishing.append(max(0.0, now - self._stepped_at))
+                self._publishing.append(now - self._committed.get(fact.version.step - 1, now))
+            case facts.BatchFormed():
+                self._formed_at = now
             case facts.StepCommitted():
-                waited = fact.metrics.get("seconds_waiting") or 0.0
-                course.step_seconds[fact.step] = max(0.0, now - self._stepped_at - waited)
-                course.waiting += waited
-                course.lags.update(fact.lags)
-                course.num_steps = max(course.num_steps, fact.step + 1)
-                self._stepped_at = now
-                course.elapsed = now
+                self._take_step(now, fact)
+
+    def _take_step(self, now: float, fact: facts.StepCommitted) -> None:
+        course, step = self.course, fact.step
+        waited = fact.metrics.get("seconds_waiting") or 0.0
+        worked = (fact.metrics.get("seconds_training") or 0.0) + (fact.metrics.get("seconds_publishing") or 0.0)
+        began = now - worked if worked else self._formed_at
+        course.delivery_seconds[step] = min(waited, max(0.0, began - self._formed_at))
+        course.step_seconds[step] = max(0.0, now - self._stepped_at - waited)
+        course.num_steps = max(course.num_steps, step + 1)
+        self._waiting[step], self._lags[step] = waited, fact.lags
+        self._committed.setdefault(step, now)
+        self._stepped_at = course.elapsed = now
 
     def finish(self) -> Course:
-        self.course.publish_seconds = statistics.median(self._publishing) if self._publishing else 0.0
-        for peer, came in self._came.items():
-            updates = list(self._first_use.get(peer, {}).values())
-            took = min(updates) if updates else 0.0
-            went = self._went.get(peer, float("inf"))
-            if self._most[peer]:
-                self.course.presences.append(
-                    Presence(*peer, came, went if went < self.course.elapsed else float("inf"), self._most[peer], took)
-                )
-        return self.course
+        course = self.course
+        course.publish_seconds = statistics.median(self._publishing) if self._publishing else 0.0
+        course.waiting = sum(self._waiting.values())
+        for lags in self._lags.values():
+            course.lags.update(lags)
+        for peer, actor in [*self._gone, *self._actors.items()]:
+            course.ticket_seconds |= actor.ticket_seconds()
+            if actor.most:
+                went = actor.went if actor.went < course.elapsed else float("inf")
+                updating = min(actor.first_use.values(), default=0.0)
+                course.presences.append(Presence(*peer, actor.came, went, actor.most, updating, actor.at_a_time))
+        course.presences.sort(key=lambda presence: presence.came)
+        return course
 
 
 def repace(course: Course, config: Config) -> Account:
@@ -165,7 +238,7 @@ class _Repacing:
 
     def __init__(self, course: Course, config: Config) -> None:
         self._course = course
-        self._ledger = Ledger(config.pacing, config.run.seed, 1, 0)
+        self._ledger = Ledger(config.pacing, config.run.seed, max(1, len(course.ticket_seconds)), 0)
         self._account = Account(config.pacing.max_lag)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -178,6 +251,8 @@ class _Repacing:
         self._version: dict[str, int] = {}
         self._free_since: dict[str, list[float]] = {}
         """For each actor, since when each of its free places has been free."""
+        self._working_until: dict[str, list[float]] = {}
+        """For each actor, when it will be done with what it works on, a heap of at most `at_a_time`."""
         self._asked_at = 0.0
         self._credit_seconds = self._idle_seconds = 0.0
         self._finished = False
@@ -226,6 +301,7 @@ class _Repacing:
         self._held[presence.name] = set()
         self._seq[presence.name] = 0
         self._free_since[presence.name] = [self._now] * presence.capacity
+        self._working_until[presence.name] = [self._now] * presence.at_a_time
         self._do(ev.ActorHere(presence.name, presence.epoch, "", ""))
         newest = self._ledger.versions.newest
         if newest is not None:
@@ -263,7 +339,10 @@ class _Repacing:
             self._seq[actor] += 1
             self._do(ev.GroupArrived(actor, presence.epoch, self._seq[actor], ticket, attempt, [version], 1, 0.0))
 
-        self._at(self._now + self._course.ticket_seconds.get(ticket, self._usual_ticket), arrive)
+        begins = max(self._now, heapq.heappop(self._working_until[actor]))
+        done = begins + self._course.ticket_seconds.get(ticket, self._usual_ticket)
+        heapq.heappush(self._working_until[actor], done)
+        self._at(done, arrive)
 
     # --- learner
 
@@ -277,7 +356,8 @@ class _Repacing:
         self._do(ev.BatchWanted(SESSION, step))
 
     def _batch_comes(self, step: int, batch: int) -> None:
-        self._account.waiting += self._now - self._asked_at
+        delivery = self._course.delivery_seconds.get(step, 0.0)
+        self._account.waiting += self._now - self._asked_at + delivery
 
         def done() -> None:
             lags = [step - oldest for oldest in self._ledger.tickets.batches[batch].oldest_steps]
@@ -287,9 +367,9 @@ class _Repacing:
                 return
             if self._ledger.pacing.publishes(step + 1):
                 self._at(self._now + self._course.publish_seconds, lambda: self._publish(step + 1))
-            self._want(step + 1)
+            self._at(self._now + self._course.lost_seconds.get(step + 1, 0.0), lambda: self._want(step + 1))
 
-        self._at(self._now + self._course.step_seconds.get(step, self._usual_step), done)
+        self._at(self._now + delivery + self._course.step_seconds.get(step, self._usual_step), done)
 
     def _publish(self, step: int) -> None:
         versions = self._ledger.versions

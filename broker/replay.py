@@ -13,6 +13,7 @@ from pathlib import Path
 
 import blake3
 import msgspec
+import numpy as np
 
 from broker.blobs import BlobStore
 from broker.history import History
@@ -20,6 +21,7 @@ from broker.recorded_weights import RecordedWeights, base_weights, moved
 from protocol import messages
 from protocol.differences import TensorDifference, differences, distance
 from protocol.errors import WeightsError
+from protocol.groups import decode_group
 from protocol.journal import open_read_only, read_payload
 from protocol.messages import PROTOCOL_VERSION, NamedBlob
 from protocol.ports import ReceivedBatch
@@ -58,7 +60,7 @@ class ReplayResult(msgspec.Struct):
     num_compared: int = 0
     num_equal: int = 0
     num_unrecorded: int = 0
-    """Versions that the run was ended before it could publish."""
+    """Versions at a step of which the run has none: it was ended before it could publish it."""
     largest_drift: float = 0.0
     difference: Difference | None = None
     environment: dict[str, tuple[str, str]] = {}
@@ -119,7 +121,7 @@ class ReplayPort:
         apart = {name: (before.get(name, "not recorded"), now.get(name, "unknown")) for name in {*before, *now}}
         self.result = ReplayResult(step, environment={name: pair for name, pair in sorted(apart.items()) if pair[0] != pair[1]})
         self._exact = not self.result.environment
-        self._compared = self._first_version = self._history.version_at(step)
+        self._compared = self._first_version = self._history.newest_version_at(step)
         self._next_number = 1 + (self._compared if self._compared is not None else -1)
         if self._how.compare:
             self._announce()
@@ -142,8 +144,13 @@ class ReplayPort:
             return None
         number = self._history.steps[step].batch
         payloads = [self._payload(ticket) for ticket in self._history.batches[number]]
-        self.batch = ReceivedBatch(number, payloads, self._history.version_steps())
+        self.batch = ReceivedBatch(number, payloads, self._version_steps(payloads))
         return self.batch
+
+    def _version_steps(self, payloads: list[bytes]) -> dict[int, int]:
+        """The step of each version that the groups were sampled from."""
+        numbers = {number for payload in payloads for number in np.unique(decode_group(payload).versions).tolist()}
+        return {number: self._history.publications.by_number[number].version.step for number in sorted(numbers)}
 
     def stop_after(self, step: int) -> None:
         """Give no batch for any step after `step`; the batch in hand is finished with."""
@@ -156,21 +163,23 @@ class ReplayPort:
 
     def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
         del batch
-        self.result.end = step + 1
-        self._on_step(StepRow(step, lags, metrics))
+        if step in self._history.steps:  # a run may have been ended in the middle of a batch; the learner finishes what it has begun
+            self.result.end = step + 1
+            self._on_step(StepRow(step, lags, metrics))
 
     def confirm(self) -> None:
         pass
 
     def put_blob(self, data: bytes) -> BlobRef:
         blob = BlobRef(blake3.blake3(data).hexdigest(), len(data))
-        self._stored = {blob.digest: data}  # one publication is under way at a time
+        self._stored[blob.digest] = data
         return blob
 
     def publish(self, publication: messages.Publish) -> messages.Published:
         number, self._next_number = self._next_number, self._next_number + 1
         if self._how.compare:
             self._compare(publication)
+        self._stored.clear()  # one publication is under way at a time
         return messages.Published(publication.version.step, number, self._next_number)
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
@@ -181,7 +190,8 @@ class ReplayPort:
         pass
 
     def done(self, step: int, summary: dict[str, float]) -> None:
-        self.result.end, self.result.busy_seconds = step, summary["busy_seconds"]
+        del step
+        self.result.busy_seconds = summary["busy_seconds"]
 
     def close(self) -> None:
         self._connection.close()
@@ -191,7 +201,9 @@ class ReplayPort:
     def _compare(self, publication: messages.Publish) -> None:
         step, root = publication.version.step, publication.version.root
         number = self._history.version_at(step)
-        if number is None or self.result.difference is not None:
+        if self.result.difference is not None:
+            return
+        if number is None:
             self.result.num_unrecorded += 1
             return
         self.result.num_compared += 1

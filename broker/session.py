@@ -36,6 +36,8 @@ class ActorSession:
         self.welcome: messages.ActorWelcome | None = None
         self.route: messages.Route | None = None
         self.hello_wanted = False
+        self.put_off = ""
+        """Why the broker cannot take this actor in now."""
         self.num_refused = 0
         self._last_seq = 0
 
@@ -43,7 +45,7 @@ class ActorSession:
         """Take in a message from the broker. Raises RequestRefused or IncompatiblePeer if the broker will not have this actor."""
         match message:
             case messages.ActorWelcome():
-                self.welcome, self.hello_wanted = message, False
+                self.welcome, self.hello_wanted, self.put_off = message, False, ""
                 self._acknowledge(message.acked)
                 self._announce(message.newest)
             case messages.HelloWanted():
@@ -61,6 +63,8 @@ class ActorSession:
             case messages.Route():
                 self.route = message
                 self._announce(message.version)
+            case messages.NotNow(_, reason):
+                self.put_off = reason
             case messages.Stop(reason):
                 self.stopping = reason or "the run ends"
             case messages.HelloRefused(reason, protocol):

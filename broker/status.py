@@ -6,9 +6,15 @@ Invariant: nothing here decides anything; forgetting it all would change no prom
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from broker.ledger import Ledger
 from protocol import facts, messages
+
+STARTING: Final = "starting"
+"""What a peer is doing that has joined and not reported yet."""
+SILENT_SECONDS: Final = 5.0
+"""A peer that was not heard for this long is worth a line."""
 
 
 @dataclass(slots=True)
@@ -85,6 +91,8 @@ class StatusBook:
             evaluations=progress.evaluations[-64:],
             waits=self._waits(ledger, now),
             halted=progress.halted,
+            lineage=progress.lineage,
+            shortage="" if ledger.room.allows_commits else ledger.room.shortage,
         )
 
     def _actor(self, ledger: Ledger, name: str, now: float) -> messages.PeerStatus:
@@ -100,7 +108,7 @@ class StatusBook:
             busy_share=report.busy_seconds / max(report.elapsed_seconds, 1e-9) if report else 0.0,
             tokens_per_second=self._rates[name].per_second if name in self._rates else 0.0,
             last_seen=now - actor.seen_at,
-            doing=report.doing if report else "starting",
+            doing=report.doing if report else STARTING,
         )
 
     def _learner_status(self, ledger: Ledger, now: float) -> messages.PeerStatus | None:
@@ -117,17 +125,26 @@ class StatusBook:
             busy_share=report.busy_seconds / max(report.elapsed_seconds, 1e-9) if report else 0.0,
             tokens_per_second=0.0,
             last_seen=now - self._learner_seen,
-            doing=report.doing if report else "starting",
+            doing=report.doing if report else STARTING,
         )
 
     def _waits(self, ledger: Ledger, now: float) -> list[str]:
-        waits = []
+        waits = [ledger.room.shortage] if ledger.room.shortage else []
         learner = ledger.learner
         if learner is None:
             waits.append(f"everybody waits for the learner, for {now - self._started:.0f} s")
         elif learner.waiting_step is not None:
             since = now - learner.waiting_since
             waits.append(f"learner waits for the batch of step {learner.waiting_step}, for {since:.1f} s: {ledger.why_waiting()}")
+        silent = now - self._learner_seen
+        if learner is not None and silent > SILENT_SECONDS and not ledger.progress.ended:
+            doing = self._learner.doing if self._learner else STARTING
+            waits.append(f"everybody waits for the learner, last heard {silent:.0f} s ago: {doing}")
+        absent = ledger.desired_actors - len(ledger.actors)
+        if absent > 0 and not ledger.progress.stopping:
+            waits.append(
+                f"{absent} of {ledger.desired_actors} actors are not there; their tickets are with others, or wait for one with credit"
+            )
         for actor in ledger.actors.values():
             if not actor.tickets:
                 version = "a version" if actor.version < 0 else f"a version newer than {actor.version}"

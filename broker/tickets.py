@@ -83,6 +83,10 @@ class TicketTable:
     next_batch: int = 0
     _order: list[int] = field(default_factory=list)
     _pending: list[int] = field(default_factory=list)
+    _num_queued: int = 0
+    """Tickets that are queued and in no batch: with too few of them no batch can be complete."""
+    _needed: int = -1
+    """A ticket without which the next batch cannot be complete, if one is known. Asked after every event, so worth remembering."""
 
     # --- questions
 
@@ -100,9 +104,19 @@ class TicketTable:
     def complete(self) -> list[Ticket] | None:
         """The tickets of the next batch if enough groups within the window are queued, in ticket order."""
         size = self.pacing.groups_per_batch
-        eligible = (self.open[number] for number in self._order[: self.pacing.window * size])
-        queued = [ticket for ticket in eligible if ticket.state is State.QUEUED]
-        return queued[:size] if len(queued) >= size else None
+        if self._num_queued < size or (self._needed in self.open and self.open[self._needed].state is not State.QUEUED):
+            return None
+        eligible = self._order[: self.pacing.window * size]
+        queued, num_spare = [], len(eligible) - size
+        for number in eligible:
+            if self.open[number].state is State.QUEUED:
+                queued.append(self.open[number])
+            elif num_spare:
+                num_spare -= 1
+            else:
+                self._needed = number if self.pacing.window == 1 else -1
+                return None
+        return queued[:size]
 
     def missing(self) -> list[Ticket]:
         """The tickets of the next batch that are issued and not queued, in ticket order."""
@@ -137,6 +151,7 @@ class TicketTable:
         """An outstanding or queued ticket becomes pending."""
         ticket = self.open[number]
         if ticket.state is State.QUEUED:
+            self._num_queued -= 1
             self.counts.queued -= 1
             self.counts.outstanding += 1
         ticket.state, ticket.actor, ticket.epoch = State.PENDING, "", ""
@@ -151,6 +166,7 @@ class TicketTable:
         ticket.versions, ticket.oldest_step = versions, oldest_step
         self.counts.outstanding -= 1
         self.counts.queued += 1
+        self._num_queued += 1
 
     def end(self, number: int, outcome: Outcome) -> None:
         """An unbatched ticket ends unused."""
@@ -159,6 +175,7 @@ class TicketTable:
         if ticket.state is State.PENDING:
             self._pending.remove(number)
         if ticket.state is State.QUEUED:
+            self._num_queued -= 1
             self.counts.queued -= 1
         else:
             self.counts.outstanding -= 1
@@ -170,6 +187,8 @@ class TicketTable:
         for ticket in members:
             ticket.state = State.BATCHED
             self._order.remove(ticket.number)
+        self._num_queued -= len(members)
+        self._needed = -1
         oldest_version = min(ticket.versions[0] for ticket in members)
         self.batches[batch] = Batch(batch, tickets, [ticket.oldest_step for ticket in members], oldest_version)
         self.next_batch = batch + 1

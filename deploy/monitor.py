@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -11,6 +13,8 @@ from rich.text import Text
 from protocol.messages import PeerStatus, RunStatus
 
 PLAIN_SECONDS = 5.0
+WAIT_SECONDS = 30.0
+"""A run without a new step for this long is worth a line of who waits for what, and another one each time it passes again."""
 
 
 class Pace:
@@ -38,6 +42,7 @@ class Monitor:
         self._pace = Pace()
         self._printed_at = -PLAIN_SECONDS
         self._printed_step = -1
+        self._moved_step, self._moved_at, self._waits_at = -1, 0.0, 0.0
 
     def __enter__(self) -> Monitor:
         if self._live is not None:
@@ -49,8 +54,9 @@ class Monitor:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """A line that stays. On a full disk it may be lost; that must not end the run."""
+        with contextlib.suppress(OSError):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, status: RunStatus) -> None:
         """The present state of the run."""
@@ -60,6 +66,17 @@ class Monitor:
         elif status.step != self._printed_step and status.elapsed_seconds - self._printed_at >= PLAIN_SECONDS:
             self._printed_at, self._printed_step = status.elapsed_seconds, status.step
             self.say(plain_line(status, left))
+        self._show_waits(status)
+
+    def _show_waits(self, status: RunStatus) -> None:
+        """A line that stays about a run that stands still, on a terminal and elsewhere."""
+        now = status.elapsed_seconds
+        if status.step != self._moved_step or now < self._moved_at:  # the latter after a new start of the broker
+            self._moved_step, self._moved_at, self._waits_at = status.step, now, now
+        elif now - self._waits_at >= WAIT_SECONDS:
+            self._waits_at = now
+            doing = [f"{peer.name}: {peer.doing}" for peer in (status.learner,) if peer is not None]
+            self.say(f"no step for {now - self._moved_at:.0f} s: {'; '.join([*doing, *status.waits[:4]])}")
 
 
 def plain_line(status: RunStatus, left: float | None) -> str:
@@ -95,6 +112,8 @@ def render(status: RunStatus, left: float | None) -> RenderableType:
     top.add_row("lag", f"groups trained on at each lag: {shares}   (S = {status.max_lag}, largest {status.largest_lag})")
     top.add_row("tickets", _tickets(status))
     top.add_row("weights", f"version of step {status.newest_step}, {_size(status.delta_bytes)} of {_size(status.full_bytes)} sent")
+    if status.turned_away:
+        top.add_row("turned away", ", ".join(f"{count} {kind}" for kind, count in status.turned_away.items()))
     peers = Table(box=None, padding=(0, 2), header_style="dim")
     for title in ("who", "sampling from step", "tickets", "tokens/s", "busy", "seen", "doing"):
         peers.add_column(title)

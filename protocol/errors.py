@@ -12,6 +12,7 @@
     │   ├── AddressInUse         the port is taken
     │   ├── KeyFileError         a key file is missing, malformed or readable by others
     │   └── RequestRefused       the broker answered, and the answer is no
+    │       └── TakenOver        a learner that started later has this one's place
     ├── WeightsError             weights that are not exactly what was published
     │   ├── DamagedDelta         a delta or snapshot that does not decode
     │   ├── WrongParent          a delta that starts from other weights than the ones held
@@ -33,8 +34,9 @@ Each message says what happened, with the value, and what to do next.
 
 from __future__ import annotations
 
+from typing import Final
 
-MAX_SHOWN = 500
+MAX_SHOWN: Final = 500
 
 
 def _shown(value: object) -> str:
@@ -155,6 +157,16 @@ class RequestRefused(PeerError):
         super().__init__(f"the broker refused {request}: {reason}")
 
 
+class TakenOver(RequestRefused):
+    """Another learner session has joined the run since this one did."""
+
+    exit_code = 2
+
+    def __init__(self, request: str) -> None:
+        reason = "a learner that started later has taken over. One learner trains a run: end that one before this one is started again"
+        super().__init__(request, reason)
+
+
 class WeightsError(SlipstreamError):
     """Weights are not exactly what was published. Nothing may be sampled from them."""
 
@@ -266,3 +278,14 @@ class RunHalted(SlipstreamError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"the run was halted: {reason}")
+
+
+class DescriptorsLost(SlipstreamError):
+    """So many connections ended in a way that libzmq does not notice that the process must be started again to have their descriptors back."""
+
+    def __init__(self, num_lost: int) -> None:
+        self.num_lost = num_lost
+        super().__init__(
+            f"{num_lost} descriptors are lost to connections that ended after another had taken their name. "
+            "The supervisor starts the broker again, and it recovers from the journal; find out which peer does this."
+        )

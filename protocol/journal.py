@@ -6,10 +6,12 @@ The file opens read-only in sqlite3, DuckDB and pandas while the run goes on.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
+from urllib.parse import quote
 
 import blake3
 import msgspec
@@ -100,16 +102,33 @@ _fact_decoder: Final = msgspec.json.Decoder[AnyFact](AnyFact)
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:
-    """A connection that cannot write. Raises JournalError for a missing file or another format version."""
+    """A connection that cannot write, and leaves no file behind. Raises JournalError for a missing file or another format version."""
     if not path.exists():
         raise JournalError(f"there is no journal at {path}. Give the directory of a run.")
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)
+    connection = sqlite3.connect(f"file:{quote(str(path))}?{_how_to_read(path)}", uri=True, timeout=30)
     try:
         format_of(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _how_to_read(path: Path) -> str:
+    """SQLite's parameters for reading. To read a journal in WAL mode it makes files beside it, unless it is told that nobody writes.
+
+    Whoever has a journal open to write has a `-wal` beside it. Raises JournalError for one with such a log where no file can be made.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if not log.exists():
+        return "mode=ro&immutable=1"
+    if os.access(path.parent, os.W_OK):
+        return "mode=ro"
+    if log.stat().st_size:
+        raise JournalError(
+            f"the end of journal {path} is in {log.name}, and {path.parent} cannot be written. Copy the directory and read the copy."
+        )
+    return "mode=ro&immutable=1"
 
 
 def format_of(connection: sqlite3.Connection, path: Path) -> int:

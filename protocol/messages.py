@@ -19,6 +19,9 @@ HEARTBEAT_SECONDS: Final = 1.0
 LEASE_SECONDS: Final = 6.0
 """An actor silent for this long has lost its tickets."""
 
+TAKEN_OVER: Final = "another learner session has taken over"
+"""The reason that an older learner session is refused with."""
+
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^(?!\.+\Z)[\w.\-]+\Z")]
 """Usable as a file name: no slash, not only dots, no line end."""
 MAX_TEXT: Final = 4096
@@ -35,6 +38,16 @@ Tickets = Annotated[list[Count], Meta(max_length=1 << 16)]
 
 class Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Base of all messages; the tag is the class name."""
+
+
+class NotNow(Message, frozen=True):
+    """Nothing is wrong, and the other side is there: it cannot do what was asked now, as without room on its disk. Ask again in a second.
+
+    `request` says what was asked (for a blob, its digest), `reason` why not, in words.
+    """
+
+    request: Text
+    reason: Text
 
 
 class WireTicket(Struct, frozen=True, array_like=True):
@@ -188,7 +201,7 @@ class HelloRefused(Message, frozen=True):
     protocol: int = PROTOCOL_VERSION
 
 
-ToActor = ActorWelcome | HelloWanted | IssueTicket | Ack | Refused | NewVersion | Route | Stop | HelloRefused
+ToActor = ActorWelcome | HelloWanted | IssueTicket | Ack | Refused | NewVersion | Route | Stop | HelloRefused | NotNow
 
 
 # --- learner socket: Learner -> Broker ----------------------------------------------------------------------------------------------
@@ -368,6 +381,7 @@ ToLearner = (
     | Goodbye
     | Stop
     | HelloRefused
+    | NotNow
 )
 
 
@@ -417,7 +431,7 @@ class BlobRefused(Message, frozen=True):
     reason: Text
 
 
-ToBlobClient = PutOk | Chunk | BlobRefused
+ToBlobClient = PutOk | Chunk | BlobRefused | NotNow
 
 
 # --- control socket: Admin -> Broker and back ---------------------------------------------------------------------------------------
@@ -496,6 +510,12 @@ class RunStatus(Message, frozen=True):
     evaluations: list[tuple[int, float]]
     waits: list[str]
     halted: str
+    lineage: int = -1
+    """The last learner session's, -1 before the first."""
+    shortage: str = ""
+    """Why everything that would be journalled is put off, without room on the disk; empty if nothing is."""
+    turned_away: dict[str, int] = {}
+    """What the broker did not take, by "channel: reason": refused keys, malformed messages, connections cut by the guard, answers not taken."""
 
 
-FromControl = RunStatus | Done | HelloRefused
+FromControl = RunStatus | Done | HelloRefused | NotNow

@@ -19,9 +19,31 @@ from protocol import safetensors_file
 from protocol.base import round_to_bf16
 from protocol.config import parse_config
 from protocol.delta import apply_file, encode_delta, encode_snapshot
+from protocol.groups import FULL, Group, encode_group
 from protocol.weights import PolicyVersion, Tensor, Weights, root_hash
 
 DEADLINE_SECONDS = 20
+
+
+def full_group(group_size: int, max_tokens: int, *, ticket: int = 0, prompt: int = 0, seed: int = 0, prompt_tokens: int = 1) -> bytes:
+    """The payload of a group whose completions all use their whole budget, sampled from version 0."""
+    total = group_size * max_tokens
+    return encode_group(
+        Group(
+            ticket=ticket,
+            prompt=prompt,
+            seed=seed,
+            actor="a",
+            engine="fake",
+            prompt_ids=np.ones(prompt_tokens, np.int32),
+            num_tokens=np.full(group_size, max_tokens, np.int32),
+            token_ids=np.full(total, ticket, np.int32),
+            logprobs=np.full(total, -1.0, np.float32),
+            versions=np.zeros(total, np.int32),
+            rewards=np.linspace(0.0, 1.0, group_size, dtype=np.float32),
+            finish=np.full(group_size, FULL, np.uint8),
+        )
+    )
 
 
 class Tree:

@@ -68,6 +68,24 @@ class Beside:
         self._pool.shutdown()
 
 
+class Disk:
+    """The disk that a broker looks at. `fill` takes its room away until it has been looked at so many times."""
+
+    def __init__(self) -> None:
+        self.num_looks = 0
+
+    def free(self) -> int:
+        self.num_looks = max(0, self.num_looks - 1)
+        return 0 if self.num_looks else 1 << 40
+
+    def fill(self, num_looks: int) -> None:
+        self.num_looks = num_looks
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_looks > 0
+
+
 class Rig:
     """A broker, the ports to it, and a way to call the learner's blocking port beside the actors' event loop.
 
@@ -82,8 +100,10 @@ class Rig:
         beside: Beside,
         tick: Callable[[], None],
         tree: Any,
+        disk: Disk,
         is_memory: bool,
     ) -> None:
+        self.disk = disk
         self.actor, self._make_learner, self._call, self.beside, self.tick, self.tree = actor, make_learner, call, beside, tick, tree
         self.learner, self.is_memory = make_learner(), is_memory
         self.version = -1
@@ -140,6 +160,18 @@ class Rig:
                 self.tick()
         return await asking
 
+    async def fill(self) -> None:
+        """Take the disk's room away; returns once the broker knows."""
+        self.disk.fill(5)
+        await self.until(lambda: self.disk.num_looks <= 3)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the broker's time pass until something holds."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not condition():
+                self.tick()
+                await asyncio.sleep(0.05)
+
     async def leads_to_the_newest(self, port: ActorPort, held: int, route: Route) -> bool:
         """Follow a route with real weights; whether they have the root hash of the newest version."""
         assert route.held == held
@@ -176,9 +208,12 @@ def group_for(ticket: Any, version: int, name: str = "a") -> Group:
 
 @pytest.fixture(params=["sockets", "memory"])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path, make_tree: Callable[..., Any]) -> AsyncIterator[Rig]:
-    config, beside, wakeup, tree = parse_config(CONFIG), Beside(), Wakeup(), make_tree()
+    config, beside, wakeup, tree, disk = parse_config(CONFIG), Beside(), Wakeup(), make_tree(), Disk()
     policy = [NamedBlob("model.safetensors", BlobRef(blake3.blake3(tree.policy_file).hexdigest(), len(tree.policy_file)))]
-    broker = Broker(tmp_path, "contract", config, 16, policy, time.monotonic(), time.time(), run_beside=beside.submit, wake=wakeup.set)
+    broker = Broker(
+        tmp_path, "contract", config, 16, policy, time.monotonic(), time.time(),
+        run_beside=beside.submit, wake=wakeup.set, free=disk.free,
+    )  # fmt: skip
     broker.blobs.add(tree.policy_file)
     if request.param == "memory":
         memory = MemoryBroker(broker, SystemClock())
@@ -195,7 +230,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path, make_tree: Callabl
         def make_port() -> LearnerPort:
             return memory.learner_port(Turned(), lambda: None)  # type: ignore[arg-type]
 
-        yield Rig(memory.actor_port, make_port, direct, beside, lambda: broker.tick(time.monotonic(), time.time()), tree, True)
+        yield Rig(memory.actor_port, make_port, direct, beside, lambda: broker.tick(time.monotonic(), time.time()), tree, disk, True)
         beside.close()
         broker.close()
         wakeup.close()
@@ -212,7 +247,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path, make_tree: Callabl
     def make_learner() -> LearnerPort:
         return LearnerClient(server.address, load_key(tmp_path / "keys" / "learner.key"))
 
-    rig = Rig(make_actor, make_learner, asyncio.to_thread, beside, lambda: None, tree, False)
+    rig = Rig(make_actor, make_learner, asyncio.to_thread, beside, lambda: None, tree, disk, False)
     yield rig
     await asyncio.to_thread(rig.learner.close)
     beside.close()
@@ -311,6 +346,39 @@ async def test_a_blob_comes_back_byte_for_byte(rig: Rig, size: int) -> None:
     assert (await port.fetch(blob)).read_bytes() == data
     port.forget(blob)
     assert (await port.fetch(blob)).read_bytes() == data, "what was forgotten can be fetched again"
+    await port.leave()
+
+
+async def test_whatever_is_asked_of_a_full_disk_is_done_when_there_is_room(rig: Rig) -> None:
+    await rig.fill()
+    await rig.call(rig.learner.join, 0, 1, {})
+    assert not rig.disk.is_full, "the welcome takes room"
+    data = b"weights"
+    blob = await rig.call(rig.learner.put_blob, data)
+    await rig.fill()
+    version = PolicyVersion(0, 0, 0, blob.digest)
+    answer = await rig.call(rig.learner.publish, Publish(version, -1, None, blob, len(data), len(data)))
+    assert answer.number == 0 and not rig.disk.is_full, "a publication takes room"
+
+
+async def test_an_actor_at_a_full_disk_joins_and_hands_its_groups_in_when_there_is_room(rig: Rig) -> None:
+    await rig.call(rig.learner.join, 0, 1, {})
+    await rig.publish(0)
+    await rig.fill()
+    joining = asyncio.ensure_future(rig.join("a"))
+    await rig.until(joining.done)
+    assert not rig.disk.is_full, "a new actor takes room"
+    port = joining.result()
+    tickets = [await take(port), await take(port)]
+    await rig.fill()
+    for ticket in tickets:
+        await port.submit(group_for(ticket, 0), ticket.attempt)
+    taking = asyncio.ensure_future(port.next_ticket())
+    await rig.until(taking.done)
+    assert not rig.disk.is_full, "a group takes room"
+    assert taking.result() is not None
+    batch = await rig.call(rig.learner.next_batch, 0, nothing)
+    assert batch is not None and len(batch.payloads) == 2
     await port.leave()
 
 

@@ -22,9 +22,9 @@ def config(max_lag: int, groups: int = 1) -> Config:
 
 def course(ticket_seconds: float, step_seconds: float, num_actors: int = 1, capacity: int = 1) -> Course:
     """Every ticket and every step takes the same time; publishing and taking over take none."""
-    actors = [Presence(f"actor-{index}", "epoch", 0.0, math.inf, capacity, 0.0) for index in range(num_actors)]
+    actors = [Presence(f"actor-{index}", "epoch", 0.0, math.inf, capacity, 0.0, capacity) for index in range(num_actors)]
     tickets = dict.fromkeys(range(1000), ticket_seconds)
-    return Course(tickets, dict.fromkeys(range(NUM_STEPS), step_seconds), presences=actors, num_steps=NUM_STEPS)
+    return Course(tickets, step_seconds=dict.fromkeys(range(NUM_STEPS), step_seconds), presences=actors, num_steps=NUM_STEPS)
 
 
 def test_without_lag_generation_and_training_take_turns() -> None:
@@ -82,7 +82,7 @@ def test_durations_are_read_from_the_facts() -> None:
         )
     ]
     found = course_of(entries)
-    assert found.ticket_seconds == {0: 2.0, 1: 3.0}
+    assert found.ticket_seconds == {0: 2.0, 1: 1.0}
     assert found.step_seconds == {0: pytest.approx(2.0)}
     assert (found.learner_came, found.waiting, found.num_steps, found.elapsed) == (2.0, 4.0, 1, 8.0)
-    assert found.presences == [Presence("a", "e", 1.0, math.inf, 2, 0.5)]
+    assert found.presences == [Presence("a", "e", 1.0, math.inf, 2, 0.5, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 
 import pytest
@@ -42,9 +43,32 @@ def test_plain_lines_come_every_few_seconds_where_there_is_no_terminal() -> None
     assert [line.split(",")[0] for line in lines] == ["step 0/100", "step 5/100", "step 10/100"], "one line each, however narrow"
 
 
+def test_a_run_that_stands_still_says_who_waits_for_what() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Monitor(console) as monitor:
+        for second in range(100):
+            monitor.show(status(step=5, elapsed=float(second)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split(":")[0] for line in lines[1:]] == ["no step for 30 s", "no step for 60 s", "no step for 90 s"]
+    assert "learner waits for 3 groups" in lines[1]
+
+
 def test_the_time_left_follows_the_pace_of_the_steps() -> None:
     pace = Pace()
     assert pace.seconds_left(status(0, 0.0)) is None
     assert pace.seconds_left(status(1, 30.0)) is None, "the first step also holds everybody's start"
     assert pace.seconds_left(status(11, 50.0)) == pytest.approx(178.0)
     assert pace.seconds_left(status(11, 55.0)) == pytest.approx(178.0)
+
+
+class FullFile(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_output_without_room_does_not_end_the_run() -> None:
+    with Monitor(Console(file=FullFile())) as monitor:
+        monitor.say("broker: starting again")
+        monitor.show(status())

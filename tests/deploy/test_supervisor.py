@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.supervisor import CRASH_LOOP_COUNT, Child, Supervisor
+from deploy.supervisor import CRASH_LOOP_COUNT, Child, Crashes, Supervisor
 from protocol.errors import SlipstreamError
 
 DEADLINE_SECONDS = 20.0
@@ -93,6 +93,27 @@ def test_an_error_that_a_restart_cannot_mend_is_not_tried_again(supervisor: Supe
     ended(supervisor, "actor-0")
     with pytest.raises(SlipstreamError, match=r"(?s)exit code 2.*learner.lr is wrong"):
         supervisor.poll()
+
+
+def test_a_child_that_gets_on_between_its_deaths_is_never_given_up(supervisor: Supervisor, clock: Clock) -> None:
+    progress = iter(range(100))
+    supervisor.start(Child("learner", python("raise SystemExit(1)"), restarts=True, crashes=Crashes(lambda: next(progress))))
+    for _ in range(2 * CRASH_LOOP_COUNT):
+        ended(supervisor, "learner")
+        supervisor.poll()
+        clock.now = supervisor.children["learner"].restart_at or clock.now
+        supervisor.poll()
+
+
+def test_a_child_that_does_not_work_is_killed_and_started_again(supervisor: Supervisor, clock: Clock, said: list[str]) -> None:
+    supervisor.start(Child("actor-0", python("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"), restarts=True))
+    before = supervisor.process_id("actor-0")
+    supervisor.end_now("actor-0")
+    supervisor.poll()
+    clock.now += 1.0
+    supervisor.poll()
+    assert supervisor.process_id("actor-0") not in (None, before)
+    assert any("SIGKILL" in line for line in said)
 
 
 def test_an_orderly_end_and_an_unwanted_child_are_left_alone(supervisor: Supervisor) -> None:
