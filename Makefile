@@ -31,7 +31,7 @@ test: install vllm
 
 # The long versions of the fault tests: about half an hour.
 soak: install vllm
-	$(BIN)/python -m pytest -q --soak tests/faults tests/simulation tests/fuzz
+	$(BIN)/python -m pytest -q --soak tests/faults tests/simulation tests/fuzz tests/system/test_survival.py
 
 check: install
 	$(BIN)/ruff check .

@@ -250,7 +250,7 @@ def _damage_journal(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
 
 def _check_journal_file(data: bytes) -> None:
     path = room() / "journal.sqlite"
-    for suffix in ("-wal", "-shm", "-journal"):
+    for suffix in ("-wal", "-shm", "-journal", "-mark"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     path.write_bytes(data)
 
