@@ -54,7 +54,7 @@ class Engine(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens sampled so far."""
+        """Tokens sampled so far; it moves with every token, by which an engine that hangs is told from one that is slow."""
 
     @property
     def busy_seconds(self) -> float:

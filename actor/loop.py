@@ -8,25 +8,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from actor.engine import Completion, Engine, GenerationRequest
+from actor.engine import Engine, GenerationRequest
+from actor.scoring import Scorer, ScoringThread
 from actor.shadow import StagedWeights
+from actor.watchdog import LOOK_SECONDS, Watchdog
 from actor.weights import HeldWeights
 from protocol.config import RolloutConfig
-from protocol.errors import EngineError, TaskError, WeightsError
+from protocol.errors import EngineDied, EngineError, TaskError, WeightsError
 from protocol.groups import Group
 from protocol.messages import ActorReport, NamedBlob, WireTicket
 from protocol.ports import ActorPort
-from tasks.base import Problem, Task
+from tasks.base import Task
 from tasks.prompts import Tokenizer, encode_prompt
-from tasks.scoring import fetch_problem, score
+from tasks.scoring import fetch_problem
 
 log = logging.getLogger("actor")
 MAX_FAILURES = 3
 """Times in a row that weights are fetched anew because the engine cannot take them, before the process ends and is started again."""
+SAY_SECONDS = 30.0
+"""An engine that is quiet for this long is worth a line."""
 
 
 class Actor:
@@ -43,7 +47,10 @@ class Actor:
         rollout: RolloutConfig,
         policy_files: Sequence[NamedBlob],
         monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        scorer: Scorer | None = None,
     ) -> None:
+        """Without a `scorer`, rewards are computed in a thread."""
         self._name, self._port, self._engine, self._task = name, port, engine, task
         self._tokenizer, self._stop_ids, self._rollout = tokenizer, stop_ids, rollout
         self._weights = HeldWeights(port, policy_files)
@@ -52,6 +59,9 @@ class Actor:
         self._workers: list[asyncio.Task[None]] = []
         self._monotonic = monotonic
         self._started = monotonic()
+        self._sleep, self._scorer = sleep, scorer or ScoringThread(task)
+        self._watchdog = Watchdog(monotonic())
+        self._num_updates = self._num_generating = 0
 
     def report(self) -> ActorReport:
         """The heartbeat: credit is given only once there are verified weights to sample from."""
@@ -68,22 +78,48 @@ class Actor:
     def _doing(self) -> str:
         if self._sampling_version < 0:
             return "waiting for weights" if self._weights.number < 0 else f"taking over version {self._weights.number}"
+        if self._watchdog.quiet > SAY_SECONDS:
+            return f"the engine has been quiet for {self._watchdog.quiet:.0f} s (given up after {self._watchdog.limit:.0f} s)"
         return f"generating {len(self._serving)} groups" if self._serving else "waiting for a ticket"
 
     async def run(self) -> None:
         """Work until the run ends. Raises what cannot be mended here (PeerError, WeightsError, ...)."""
         try:
             async with asyncio.TaskGroup() as group:
-                updates = group.create_task(self._keep_up())
+                beside = [group.create_task(self._keep_up()), group.create_task(self._watch())]
                 workers = self._workers = [group.create_task(self._serve()) for _ in range(self._engine.num_groups_wanted)]
                 await asyncio.wait(workers)
-                updates.cancel()
+                for task in beside:
+                    task.cancel()
         finally:
             try:
                 await self._port.leave()
             finally:
                 self._weights.drop()
-                await self._engine.close()
+                await self._scorer.close()
+                if not self._watchdog.is_hung:  # closing a hung engine would hang as well; its process is about to end
+                    await self._engine.close()
+
+    async def _watch(self) -> None:
+        """The watchdog's loop.
+
+        consumes:     the engine's count of tokens
+          waits for:    the clock
+          unblocked by: time
+        produces:     the end of this actor (EngineDied) once the engine has been quiet for too long while it had work
+        """
+        said = False
+        while True:
+            await self._sleep(LOOK_SECONDS)
+            dog = self._watchdog
+            dog.look(self._engine.num_tokens, self._num_updates + self._num_generating > 0, self._monotonic())
+            if dog.is_hung:
+                raise EngineDied(
+                    f"it has given no token and taken no update for {dog.quiet:.0f} s, with {self._num_generating} groups to generate"
+                )
+            if dog.quiet > SAY_SECONDS and not said:
+                log.warning("waiting for the engine, quiet for %.0f s; it is given up after %.0f s", dog.quiet, dog.limit)
+            said = dog.quiet > SAY_SECONDS
 
     async def _keep_up(self) -> None:
         """The update loop.
@@ -116,6 +152,7 @@ class Actor:
     async def _hand_over(self, staged: StagedWeights) -> bool:
         """Give weights to the engine: what changed, or else everything. Whether it has them now; if not, it generates nothing."""
         for attempt in (staged, staged.whole()):
+            self._num_updates += 1
             try:
                 pause = await self._engine.update(attempt)
             except (WeightsError, EngineError) as error:
@@ -129,6 +166,9 @@ class Actor:
                     *(staged.version.number, staged.version.step, arrival.num_bytes, arrival.fetching, arrival.staging, *pause),
                 )
                 return True
+            finally:
+                self._num_updates -= 1
+                self._watchdog.sign()
         return False
 
     async def _serve(self) -> None:
@@ -163,8 +203,13 @@ class Actor:
             ticket.seed,
             self._stop_ids,
         )
-        completions = await self._engine.generate(request)
-        rewards = await asyncio.to_thread(self._score, problem, completions)
+        self._num_generating += 1
+        try:
+            completions = await self._engine.generate(request)
+        finally:
+            self._num_generating -= 1
+        texts = [self._tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True) for c in completions]
+        rewards = await self._scorer.score(ticket.prompt, texts)
         return Group(
             ticket=ticket.number,
             prompt=ticket.prompt,
@@ -179,7 +224,3 @@ class Actor:
             rewards=np.array(rewards, np.float32),
             finish=np.array([completion.finish for completion in completions], np.uint8),
         )
-
-    def _score(self, problem: Problem, completions: list[Completion]) -> list[float]:
-        texts = [self._tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True) for c in completions]
-        return [score(self._task, problem, text) for text in texts]

@@ -85,6 +85,7 @@ class TransformersEngine:
         self._version: PolicyVersion | None = None
         self._num_tokens = 0
         self._busy_seconds = 0.0
+        self._is_closing = False
 
     @property
     def name(self) -> str:
@@ -130,7 +131,8 @@ class TransformersEngine:
         return await update.done
 
     async def close(self) -> None:
-        self._thread.shutdown()
+        self._is_closing = True
+        await asyncio.to_thread(self._thread.shutdown)
 
     # --- in the engine's thread
 
@@ -185,7 +187,6 @@ class TransformersEngine:
         groups = self._sample([job.request for job in jobs])
         for job, completions in zip(jobs, groups, strict=True):
             job.completions = completions
-            self._num_tokens += sum(completion.token_ids.size for completion in completions)
         self._busy_seconds += time.monotonic() - started
 
     @torch.inference_mode()
@@ -201,8 +202,8 @@ class TransformersEngine:
         for turn in range(budget):
             if self._take_update():
                 cache = None
-            if self._version is None:
-                raise EngineError("no verified weights are loaded")
+            if self._version is None or self._is_closing:
+                raise EngineError("the engine is being closed" if self._is_closing else "no verified weights are loaded")
             if cache is None:
                 cache, fed = DynamicCache(config=self._model.config), 0
             positions = (mask.cumsum(1) - 1).clamp(0, self._context - 1)
@@ -259,6 +260,7 @@ class TransformersEngine:
                 row.token_ids.append(token)
                 row.logprobs.append(logprob)
                 row.versions.append(self._version.number)
+                self._num_tokens += 1
                 if token in request.stop_ids:
                     row.finish = STOPPED
                 elif turn == request.max_tokens - 1:

@@ -126,7 +126,8 @@ class VllmEngine:
 
     @property
     def num_tokens(self) -> int:
-        return self._num_tokens
+        under_way = self._llm.output_processor.request_states.values() if self._llm is not None else ()
+        return self._num_tokens + sum(int(state.detokenizer.num_output_tokens()) for state in under_way)
 
     @property
     def busy_seconds(self) -> float:

@@ -40,7 +40,7 @@ from protocol.facts import GroupAccepted, VersionPublished  # noqa: E402
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts  # noqa: E402
 from protocol.messages import RunStatus  # noqa: E402
 from tasks.base import Problem  # noqa: E402
-from tests.system.link import Link  # noqa: E402
+from tests.faults.link import Link  # noqa: E402
 
 LEFT_OUT_SECONDS = 2.0
 DEADLINE_SECONDS = 240.0

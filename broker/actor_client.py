@@ -212,9 +212,10 @@ class ActorClient:
             self._renewal.consider(self._heard_at, now)
             if silent > 5 * HEARTBEAT_SECONDS and not told:
                 log.warning("waiting for the broker at %s, last heard %.0f s ago", self._address, silent)
+                told = True
             elif told and silent < HEARTBEAT_SECONDS:
                 log.info("the broker answers again")
-            told = silent > 5 * HEARTBEAT_SECONDS
+                told = False
             if silent > GONE_SECONDS:
                 self._failure = BrokerUnreachable(self._address, silent, "any message")
                 async with self._changed:

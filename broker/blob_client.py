@@ -32,6 +32,7 @@ log = logging.getLogger("blobs")
 RETRY_SECONDS: Final = 15.0
 """Questions without an answer for this long are asked again, even if the connection seems to hold."""
 POLL_MILLISECONDS: Final = 200
+SAY_SECONDS: Final = 5.0
 GIVE_UP_SECONDS: Final = 300.0
 PATIENCE: Final = 20
 """A relay that says that a file is coming is believed this many times longer than silence."""
@@ -62,7 +63,7 @@ class BlobClient:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         where = address if relay else endpoint(address, Channel.BLOBS)
         self._socket.connect(where)
-        self._renewal = Renewal(self._socket, where)
+        self._renewal, self._connected_at = Renewal(self._socket, where), time.monotonic()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -152,14 +153,15 @@ class BlobClient:
     ) -> None:
         """Ask and take until finished; after a cut, RETRY_SECONDS of silence or a "not now", ask again for what is missing."""
         heard_at = asked_at = gained_at = time.monotonic()
-        is_lost, ask_from, connected_at = False, 0.0, heard_at
+        is_lost, ask_from, said_at = False, 0.0, heard_at
         while not finished():
             if self._stopped.is_set():
                 raise RequestRefused(f"blob {blob.digest[:16]}", "the transfer was given up")
             is_lost = self._has_reconnected() or is_lost
-            self._renewal.consider(connected_at, time.monotonic())  # a slow link may be silent for long
-            if self._socket.poll(0, zmq.POLLOUT):  # connected
-                connected_at = time.monotonic()
+            if not self._socket.poll(0, zmq.POLLOUT):
+                self._renewal.consider(self._connected_at, time.monotonic())
+            else:
+                self._connected_at = time.monotonic()
                 if is_lost or 0 < ask_from <= time.monotonic():
                     asked_at, is_lost, ask_from = time.monotonic(), False, 0.0
                     again()
@@ -186,6 +188,9 @@ class BlobClient:
                 take(message, payload)
             if now - gained_at > PATIENCE * self._give_up_seconds:
                 raise BrokerUnreachable(self._address, now - gained_at, f"blob {blob.digest[:16]}, which is always coming and never comes")
+            if now - max(heard_at, said_at) > SAY_SECONDS:
+                said_at = now
+                log.warning("waiting for blob %s, %s was last heard %.0f s ago", blob.digest[:16], self._address, now - heard_at)
             if now - heard_at > self._give_up_seconds:
                 raise BrokerUnreachable(self._address, now - heard_at, f"blob {blob.digest[:16]}")
             if now - max(heard_at, asked_at) >= RETRY_SECONDS:

@@ -94,6 +94,8 @@ class _ActorReader:
 
     def __init__(self, came: float) -> None:
         self.came, self.went = came, float("inf")
+        self._began: float | None = None
+        """When the first ticket was issued to it."""
         self.in_hand: dict[int, float] = {}
         """When each ticket in hand was issued, in that order."""
         self.most = self.most_overtaken = 0
@@ -103,6 +105,7 @@ class _ActorReader:
         """Each group's ticket, when that was issued, and when it was accepted, in the order of acceptance."""
 
     def issue(self, now: float, ticket: int) -> None:
+        self._began = now if self._began is None else self._began
         self.in_hand.pop(ticket, None)
         self.in_hand[ticket] = now
         self.most = max(self.most, len(self.in_hand))
@@ -115,6 +118,12 @@ class _ActorReader:
         issued = self.in_hand.pop(ticket)
         if accepted:
             self._groups.append((ticket, issued, now))
+
+    def presence(self, name: str, epoch: str, end: float) -> Presence:
+        """Its coming and going in a run that ended at `end`. It comes when it turns to its first version: before that it builds its engine."""
+        updating = min(self.first_use.values(), default=0.0)
+        came = self.came if self._began is None else max(self.came, self._began - updating)
+        return Presence(name, epoch, came, self.went if self.went < end else float("inf"), self.most, updating, self.at_a_time)
 
     @property
     def at_a_time(self) -> int:
@@ -221,9 +230,7 @@ class _Reader:
         for peer, actor in [*self._gone, *self._actors.items()]:
             course.ticket_seconds |= actor.ticket_seconds()
             if actor.most:
-                went = actor.went if actor.went < course.elapsed else float("inf")
-                updating = min(actor.first_use.values(), default=0.0)
-                course.presences.append(Presence(*peer, actor.came, went, actor.most, updating, actor.at_a_time))
+                course.presences.append(actor.presence(*peer, course.elapsed))
         course.presences.sort(key=lambda presence: presence.came)
         return course
 

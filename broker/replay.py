@@ -122,7 +122,8 @@ class ReplayPort:
         self.result = ReplayResult(step, environment={name: pair for name, pair in sorted(apart.items()) if pair[0] != pair[1]})
         self._exact = not self.result.environment
         self._compared = self._first_version = self._history.newest_version_at(step)
-        self._next_number = 1 + (self._compared if self._compared is not None else -1)
+        held = self._compared if self._compared is not None and step > 0 else -1  # at step 0 the first version is still to come
+        self._next_number = 1 + held
         if self._how.compare:
             self._announce()
         return messages.LearnerWelcome(PROTOCOL_VERSION, self._history.run, segment.lineage, self._next_number)

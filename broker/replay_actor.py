@@ -44,8 +44,11 @@ class RecordedActorPort:
 
     def _as_route(self, way: Way) -> Route:
         deltas = [hop.delta for hop in way.hops]
+        files = [recorded_file(self._blobs, blob) for blob in deltas]
+        if way.snapshot is not None:
+            recorded_file(self._blobs, way.snapshot)
         if any(hop.inverted for hop in way.hops):
-            data, _ = fold([Leg(recorded_file(self._blobs, hop.delta).read_bytes(), hop.inverted) for hop in way.hops])
+            data, _ = fold([Leg(file.read_bytes(), hop.inverted) for file, hop in zip(files, way.hops, strict=True)])
             deltas = [self._made.add(data)]
         return Route(-1, self.version, way.start, way.snapshot, deltas)
 

@@ -6,6 +6,9 @@ import ctypes
 import os
 import signal
 import sys
+from typing import NoReturn
+
+from protocol.errors import SlipstreamError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -20,3 +23,10 @@ def die_with_parent(expected_parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if expected_parent is not None and os.getppid() != expected_parent:
         os._exit(1)
+
+
+def end_now(error: SlipstreamError) -> NoReturn:
+    """Say why and end this process, without waiting for threads that may never return."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+    os._exit(error.exit_code)

@@ -44,7 +44,9 @@ def prepare_run(config: Config, directory: Path | None, say: Callable[[str], Non
         fix = "end it in a name of letters, digits, dot, dash and underscore: it is the run's id"
         raise ConfigError("--directory", str(path), f"{path.name!r} cannot be a run's id", fix)
     if (path / "run.json").exists():
-        raise ConfigError("--directory", str(path), "holds a run already", "choose another, or remove it")
+        raise ConfigError(
+            "--directory", str(path), "holds a run already", f"go on with it by `cli.py up --resume {path}`, or choose another"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

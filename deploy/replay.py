@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,13 +32,18 @@ from protocol.errors import CheckpointError, ConfigError, ReplayDiffers, Slipstr
 from protocol.journal import JOURNAL_NAME
 from protocol.messages import NamedBlob
 
+if TYPE_CHECKING:
+    from learner.ranks import Ranks
+
 TOLERANCE = 0.1
-"""Drift within which versions of another machine, world size or library count as the same run; docs/operations.md says what was seen."""
+"""Drift within which versions of another machine, world size or library count as the same run; docs/replay.md says what was seen."""
 NEVER = 1 << 40
 PROGRESS_SECONDS = 5.0
 CHANGEABLE = ("learner", "loss")
 """Sections that a what-if may change: everything else is in the recorded data already."""
 Say = Callable[[str], None]
+Launch = Callable[[Path, int, int], int]
+"""Runs what a plan's file says, with so many ranks of so many threads each, to its end; returns the exit code."""
 
 
 class ReplayOptions(msgspec.Struct, frozen=True):
@@ -57,6 +62,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     """What every rank of a replaying learner is told, as a file. `folder` has checkpoints/ to start from, and takes what comes of it."""
 
     run: str
+    directory: str
     policy: str
     folder: str
     first: int
@@ -79,12 +85,24 @@ class Replay(msgspec.Struct):
     overrides: list[str]
 
 
-def replay_run(directory: Path, options: ReplayOptions, say: Say) -> Replay:
+def run_ranks(plan: Path, num_ranks: int, num_threads: int) -> int:
+    """Run the ranks of a replaying learner to their end: one by itself, several under torchrun. The exit code."""
+    command = [str(CLI), "replay-rank", "--plan", str(plan)]
+    if num_ranks > 1:
+        command = [
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", "0",
+            "--log-dir", str(plan.parent / "torchrun"), *command,
+        ]  # fmt: skip
+    return subprocess.run([sys.executable, *command], env=os.environ | math_threads(num_threads), check=False).returncode
+
+
+def replay_run(directory: Path, options: ReplayOptions, say: Say, launch: Launch = run_ranks) -> Replay:
     """Replay the steps that `options` name. Raises ConfigError, JournalError, ReplayDiffers at the first version that is not the recorded one."""
     run = RunDirectory(directory)
     policy_files = run.manifest().policy_files
     history = read_history(directory / JOURNAL_NAME)
     end = _end(history, options)
+    configs = [_config(segment, options.overrides) for segment in history.segments]
     started = time.monotonic()
     with _folder(options.out) as folder:
         policy = _policy(directory, policy_files, folder / "policy")
@@ -93,11 +111,15 @@ def replay_run(directory: Path, options: ReplayOptions, say: Say) -> Replay:
         if options.overrides:
             say(f"what if {' '.join(options.overrides)}: off-policy, since the data were sampled by the run's policies and not by this one")
         replay = Replay(history, first, end, 0.0, [], [], options.overrides)
-        for segment in history.segments:
+        for segment, config in zip(history.segments, configs, strict=True):
             if segment.end > first and segment.first < end:
                 place = folder / f"steps-{max(segment.first, first):08d}"
-                checkpoint = _replay_segment(run, segment, checkpoint, place, policy, min(segment.end, end), options, replay)
-                if replay.results[-1].end < min(segment.end, end):  # it differs, or a person has quit
+                plan = RankPlan(
+                    history.run, str(directory.resolve()), str(policy), str(place), options.first, min(segment.end, end), config_json(config),
+                    Replayed(not options.overrides, options.tolerance), options.stepping,
+                )  # fmt: skip
+                checkpoint = _replay_segment(plan, checkpoint, options.num_ranks or segment.world_size, launch, replay)
+                if replay.results[-1].end < plan.end:  # it differs, or a person has quit
                     break
         if options.out is not None:
             _write_metrics(folder / "metrics.jsonl", replay)
@@ -116,7 +138,13 @@ def _end(history: History, options: ReplayOptions) -> int:
         raise ConfigError("--from", options.first, f"is not among the {recorded} steps recorded", f"a step from 0 to {recorded - 1}")
     if options.end is not None and not options.first < options.end <= recorded:
         raise ConfigError("--to", options.end, f"is not after --from and among the {recorded} steps recorded", f"at most {recorded}")
-    return recorded if options.end is None else options.end
+    end = recorded if options.end is None else options.end
+    reuse = parse_config_json(history.config).pacing.reuse
+    if end % reuse and end < recorded:
+        below = end - end % reuse
+        fix = f"{below} or {below + reuse}" if below > options.first else str(below + reuse)
+        raise ConfigError("--to", end, f"is in the middle of a batch, which is used for {reuse} steps", fix)
+    return end
 
 
 @contextlib.contextmanager
@@ -142,46 +170,28 @@ def _policy(directory: Path, files: list[NamedBlob], folder: Path) -> Path:
 
 def _start(run: RunDirectory, history: History, first: int) -> tuple[int, Path | None]:
     """The newest checkpoint of the run at or before step `first`, and its step; without one step 0."""
-    from learner.checkpoint import list_checkpoints, load_state
+    from learner.damage import damage, list_checkpoints, load_state
 
     for checkpoint in reversed(list_checkpoints(run.checkpoints)):
         with contextlib.suppress(CheckpointError):
             state = load_state(checkpoint, history.run)
             number = history.version_at(state.version.step) if state.version.step <= state.step <= first else None
-            if number is not None and history.publications.by_number[number].version.root == state.version.root:
+            # A checkpoint of steps that were done again, and came out otherwise, has a version that is not the run's.
+            is_ours = number is not None and history.publications.by_number[number].version.root == state.version.root
+            if is_ours and not damage(checkpoint):
                 return state.step, checkpoint.resolve()
     return 0, None
 
 
-def _replay_segment(
-    run: RunDirectory,
-    segment: Segment,
-    checkpoint: Path | None,
-    folder: Path,
-    policy: Path,
-    end: int,
-    options: ReplayOptions,
-    replay: Replay,
-) -> Path:
-    """Replay one segment up to step `end`; the checkpoint it ended with."""
+def _replay_segment(plan: RankPlan, checkpoint: Path | None, num_ranks: int, launch: Launch, replay: Replay) -> Path:
+    """Replay one segment; the checkpoint it ended with."""
+    folder = Path(plan.folder)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     if checkpoint is not None:
         (checkpoints / checkpoint.name).symlink_to(checkpoint)
-    config = _config(segment, options.overrides)
-    plan = RankPlan(
-        run=str(run.path.resolve()),
-        policy=str(policy),
-        folder=str(folder),
-        first=options.first,
-        end=end,
-        config=config_json(config),
-        how=Replayed(not options.overrides, options.tolerance),
-        stepping=options.stepping,
-    )
     (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
-    command = _torchrun(folder, options.num_ranks or segment.world_size)
-    code = subprocess.run(command, env=os.environ | math_threads(config.learner.threads), check=False).returncode
+    code = launch(folder / "plan.json", num_ranks, parse_config_json(plan.config).learner.threads)
     if code:
         raise SlipstreamError(f"the replaying learner ended with exit code {code}; the lines above say why")
     replay.results.append(msgspec.json.decode((folder / "result.json").read_bytes(), type=ReplayResult))
@@ -193,6 +203,8 @@ def _replay_segment(
 def _config(segment: Segment, overrides: list[str]) -> Config:
     """The configuration of a segment, changed as a what-if asks. Raises ConfigError for what the recorded data do not leave open."""
     for override in overrides:
+        if override.partition("=")[0].strip() == "learner.ranks":
+            raise ConfigError("--set", override, "is not a setting of what is trained", "--ranks N")
         if override.partition(".")[0].strip() not in CHANGEABLE:
             raise ConfigError(
                 "--set", override, "cannot be changed: the recorded data were made with it", "change fields of [learner] or [loss]"
@@ -200,13 +212,6 @@ def _config(segment: Segment, overrides: list[str]) -> Config:
     config = overridden(parse_config_json(segment.config), overrides)
     # The only checkpoint that matters is the last one, and that is written in any case.
     return config.model_copy(update={"learner": config.learner.model_copy(update={"checkpoint_every": NEVER})})
-
-
-def _torchrun(folder: Path, num_ranks: int) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", "0",
-        "--log-dir", str(folder / "torchrun"), str(CLI), "replay-rank", "--plan", str(folder / "plan.json"),
-    ]  # fmt: skip
 
 
 def _write_metrics(path: Path, replay: Replay) -> None:
@@ -220,8 +225,8 @@ def _write_metrics(path: Path, replay: Replay) -> None:
 # --- in the ranks
 
 
-def replay_rank(path: Path) -> None:
-    """One rank of a replaying learner, under torchrun."""
+def replay_rank(path: Path, ranks: Ranks | None = None) -> None:
+    """One rank of a replaying learner: of `ranks`, by default torchrun's if it was started by that, and alone otherwise."""
     import torch
 
     from learner.ranks import OneRank, TorchRanks, under_torchrun
@@ -230,7 +235,7 @@ def replay_rank(path: Path) -> None:
     config = parse_config_json(plan.config)
     device = learner_device(config)
     torch.set_num_threads(config.learner.threads)
-    ranks = TorchRanks(device) if under_torchrun() else OneRank()
+    ranks = ranks or (TorchRanks(device) if under_torchrun() else OneRank())
     with (Path(plan.folder) / "steps.jsonl").open("ab") as rows:
         port, observer = _port(plan, rows) if ranks.rank == 0 else None, None
         if plan.stepping and port is not None:
@@ -239,7 +244,7 @@ def replay_rank(path: Path) -> None:
             observer = StepConsole(port, Path(plan.policy), config, plan.first, input, _say)
         # A what-if evaluates, since its weights are its own; a replay of the run has the run's own evaluations.
         learner = build_learner(
-            config, read_history(Path(plan.run) / JOURNAL_NAME).run, Path(plan.policy), Path(plan.folder) / "checkpoints", ranks, port, device,
+            config, plan.run, Path(plan.policy), Path(plan.folder) / "checkpoints", ranks, port, device,
             evaluates=not plan.how.compare, observer=observer,
         )  # fmt: skip
         learner.run()
@@ -255,7 +260,7 @@ def _say(text: str) -> None:
 
 
 def _port(plan: RankPlan, rows: Any) -> ReplayPort:
-    journal = Path(plan.run) / JOURNAL_NAME
+    journal = Path(plan.directory) / JOURNAL_NAME
     told_at = time.monotonic()
 
     def on_step(row: StepRow) -> None:
@@ -269,6 +274,6 @@ def _port(plan: RankPlan, rows: Any) -> ReplayPort:
             )
 
     port = ReplayPort(
-        journal, read_history(journal), RunDirectory(Path(plan.run)).manifest().policy_files, plan.end, plan.how, _say, on_step
+        journal, read_history(journal), RunDirectory(Path(plan.directory)).manifest().policy_files, plan.end, plan.how, _say, on_step
     )
     return port

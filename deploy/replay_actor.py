@@ -27,7 +27,7 @@ from protocol.journal import JOURNAL_NAME, open_read_only, read_payload
 from protocol.messages import ActorReport, NamedBlob
 
 CLOSE = 1e-3
-"""Nats by which a log-probability may be off where another machine or engine works it out; docs/operations.md says what was seen."""
+"""Nats by which a log-probability may be off where another machine or engine works it out; docs/replay.md says what was seen."""
 
 
 class CompletionDifference(NamedTuple):
@@ -53,7 +53,8 @@ class GroupReplay(NamedTuple):
     @property
     def is_same(self) -> bool:
         """Whether every comparable token came again and every log-probability is close."""
-        return all(c.first_difference is None for c in self.completions) and self.largest_gap <= CLOSE
+        gaps = [self.largest_gap, *(completion.largest_gap for completion in self.completions)]
+        return all(completion.first_difference is None for completion in self.completions) and max(gaps) <= CLOSE
 
 
 def replay_ticket(directory: Path, ticket: int, engine: str | None) -> GroupReplay:
@@ -70,7 +71,9 @@ def replay_ticket(directory: Path, ticket: int, engine: str | None) -> GroupRepl
     recorded, history, files = decode_group(payload), read_history(path), run.manifest().policy_files
     blobs = BlobStore(directory / "blobs")
     with tempfile.TemporaryDirectory(prefix="slipstream-replay-") as folder:
-        again = asyncio.run(_generate(history, blobs, Path(folder), files, recorded, engine or recorded.engine.partition("/")[0].split("-")[0]))
+        again = asyncio.run(
+            _generate(history, blobs, Path(folder), files, recorded, engine or recorded.engine.partition("/")[0].split("-")[0])
+        )
         gap = _gap(history, blobs, files, recorded, Path(folder) / "policy")
     return GroupReplay(recorded, again, compare(recorded, again), gap)
 

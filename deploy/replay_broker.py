@@ -27,4 +27,5 @@ def repace_run(directory: Path, overrides: list[str]) -> list[str]:
     if not course.num_steps:
         raise ConfigError("RUN", str(directory), "has no step in its journal", "let it train first")
     config = parse_config_json(text)
-    return lines(course, repace(course, config), repace(course, overridden(config, overrides)))
+    recorded = repace(course, config)
+    return lines(course, recorded, repace(course, overridden(config, overrides)) if overrides else recorded)

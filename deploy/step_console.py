@@ -65,6 +65,8 @@ class StepConsole:
         del trainer
         assert self._meter is not None
         update = self._meter.measure()
+        if step < self._first:
+            return
         cosine = "no step before to compare with" if update.cosine is None else f"cosine to the step before {update.cosine:+.4f}"
         self._show(
             f"step {step}: gradient norm {metrics['grad_norm']:.4g}, lr {metrics['lr']:.4g}, update norm {update.norm:.4g}, {cosine}\n"
@@ -77,6 +79,8 @@ class StepConsole:
             return self._ask(prompt).strip()
         except EOFError:
             return "q"
+        except UnicodeDecodeError:
+            return "h"
 
     def _command(self, line: str, step: int) -> bool:
         """Carry out a command; whether the step is to be taken."""
@@ -84,7 +88,7 @@ class StepConsole:
         match word:
             case "":
                 return True
-            case "n" if rest.isdigit() and int(rest) > 0:
+            case "n" if rest.isdecimal() and int(rest) > 0:
                 self._num_to_take = int(rest) - 1
                 return True
             case "c":
@@ -96,7 +100,7 @@ class StepConsole:
                 return True
             case "g" if not rest:
                 self._list_groups()
-            case "g" | "t" if rest.isdigit():
+            case "g" | "t" if rest.isdecimal():
                 self._show_group(int(rest), tokens=word == "t")
             case _:
                 self._show(HELP)

@@ -11,23 +11,46 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from protocol.errors import ConfigError, SlipstreamError
+from protocol.errors import ConfigError, RunHalted, SlipstreamError
 
 CRASH_LOOP_COUNT = 5
 HEALTHY_SECONDS = 60.0
-"""A child that ran this long has not crashed in a row with what came before."""
+"""A process that ran this long has not crashed in a row with what came before, unless something better shows its progress."""
 MAX_BACKOFF_SECONDS = 30.0
 TAIL_LINES = 15
 PARENT = "--parent"
 """The flag that ties a child to this process; left out of commands.sh, so that its lines can be run by hand."""
-HOPELESS = frozenset({ConfigError.exit_code})
+HOPELESS = frozenset({ConfigError.exit_code, RunHalted.exit_code})
 """Exit codes of errors that a restart cannot mend."""
+
+
+class Crashes:
+    """The ends of one process in a row: how long to pause before it is started again, and when to give it up. Pure.
+
+    In a row means without progress in between. `progress` gives something that differs once there is some, as the name of a learner's newest
+    checkpoint does: a run of weeks is not ended by its deaths, and one that dies of the same batch again and again is.
+    """
+
+    def __init__(self, progress: Callable[[], object] | None = None) -> None:
+        self._progress, self._seen = progress, progress() if progress is not None else None
+        self.count = 0
+
+    def pause(self, code: int, seconds: float) -> float | None:
+        """Seconds to wait after a process that ran for `seconds` ended with `code`; None to give it up."""
+        seen = self._progress() if self._progress is not None else None
+        if (seen != self._seen) if self._progress is not None else seconds >= HEALTHY_SECONDS:
+            self.count = 0
+        self._seen = seen
+        self.count += 1
+        if code in HOPELESS or self.count >= CRASH_LOOP_COUNT:
+            return None
+        return float(min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (self.count - 1)))
 
 
 @dataclass(slots=True)
@@ -38,9 +61,9 @@ class Child:
     command: list[str]
     restarts: bool
     environment: dict[str, str] = field(default_factory=dict)
+    crashes: Crashes = field(default_factory=Crashes)
     process: subprocess.Popen[bytes] | None = None
     exit_code: int | None = None
-    num_crashes: int = 0
     started_at: float = 0.0
     restart_at: float | None = None
     is_wanted: bool = True
@@ -57,7 +80,7 @@ class Supervisor:
         """Start a child; its output goes to a log file of its name, its exact command to commands.sh."""
         self.children[child.name] = child
         child.is_wanted = True
-        with self._commands.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._commands.open("a", encoding="utf-8") as file:  # on a full disk the run matters more
             settings = [f"{key}={shlex.quote(value)}" for key, value in child.environment.items()]
             command = [part for part in child.command if part != PARENT and part != str(os.getpid())]
             file.write(f"# {child.name}\n{' '.join([*settings, shlex.join(command)])}\n")
@@ -89,22 +112,23 @@ class Supervisor:
         child.process, child.exit_code = None, code
         if not child.is_wanted or code == 0 or not child.restarts:
             return
-        now = self._monotonic()
-        if now - child.started_at >= HEALTHY_SECONDS:
-            child.num_crashes = 0
-        child.num_crashes += 1
-        what = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-        if code in HOPELESS or child.num_crashes >= CRASH_LOOP_COUNT:
-            times = "" if code in HOPELESS else f", {child.num_crashes} times in a row"
+        now, what = self._monotonic(), how_ended(code)
+        pause = child.crashes.pause(code, now - child.started_at)
+        if pause is None:
+            times = "" if code in HOPELESS else f", {child.crashes.count} times in a row"
             raise SlipstreamError(f"{child.name} ended with {what}{times}. Its log says:\n{self.explain(child.name)}")
-        backoff = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (child.num_crashes - 1))
-        child.restart_at = now + backoff
-        self._say(f"{child.name}: ended with {what}, starting again in {backoff:.1f} s")
+        child.restart_at = now + pause
+        self._say(f"{child.name}: ended with {what}, starting again in {pause:.1f} s")
 
     def is_running(self, name: str) -> bool:
         """Whether a child's process is there."""
         child = self.children.get(name)
         return child is not None and child.process is not None and child.process.poll() is None
+
+    def process_id(self, name: str) -> int | None:
+        """The id of a child's process, None if there is none."""
+        process = self.children[name].process
+        return process.pid if process is not None else None
 
     def tail(self, name: str) -> str:
         """The last lines of a child's log."""
@@ -121,6 +145,10 @@ class Supervisor:
         errors = [line for line in lines if line.startswith("error: ")]
         return f"    {errors[-1]}\n    (all of it: {log})" if errors else self.tail(name)
 
+    def end_now(self, name: str) -> None:
+        """Kill a child that does not do its work; the next `poll` notices its end, and starts it again if it is to be."""
+        end_group(self.children[name].process)
+
     def ask_to_end(self, name: str) -> None:
         """Send SIGTERM and do not restart."""
         child = self.children[name]
@@ -128,10 +156,10 @@ class Supervisor:
         if child.process is not None and child.process.poll() is None:
             child.process.send_signal(signal.SIGTERM)
 
-    def restart_nothing(self, keep: str) -> None:
-        """From now on only the child called `keep` is started again when it ends."""
+    def restart_nothing(self, keep: Container[str]) -> None:
+        """From now on only the children in `keep` are started again when they end."""
         for child in self.children.values():
-            if child.name != keep:
+            if child.name not in keep:
                 child.restarts, child.restart_at = False, None
 
     def wait(self, names: list[str], seconds: float) -> list[str]:
@@ -155,6 +183,11 @@ class Supervisor:
         self.wait(list(self.children), seconds)
         for child in self.children.values():
             end_group(child.process)
+
+
+def how_ended(code: int) -> str:
+    """A process's exit code in words; negative for a signal."""
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
 def end_group(process: subprocess.Popen[bytes] | None) -> None:

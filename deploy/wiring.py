@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import logging
 import os
 import platform
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,9 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from broker.core import Broker
 from broker.keys import KeyFile, allowed_keys, load_key
+from broker.put_off import SAY_SECONDS
+from broker.room import MIB, reserves
+from deploy.parent import end_now
+from deploy.prepare import CLI
 from deploy.rundir import RunDirectory, is_weights
-from protocol.config import Config, parse_config
-from protocol.errors import ConfigError, SlipstreamError
+from protocol.config import Config, parse_config_json
+from protocol.errors import ConfigError, EngineDied, SlipstreamError
 from protocol.messages import ActorReport, ActorWelcome
 from protocol.ports import ActorPort, LearnerPort
 
@@ -61,6 +67,7 @@ def serve_broker(run: RunDirectory, address: str | None) -> None:
     except OSError:
         raise ConfigError("--run", str(run.path), "has a broker already", "use that one, or end it first") from None
     _raise_open_files()
+    _wait_for_room(run)
     key, allowed = load_key(run.keys / "broker.key"), allowed_keys(run.keys)
     where = address or run.broker_address() or run.config().broker.address
     wakeup = Wakeup()
@@ -72,6 +79,23 @@ def serve_broker(run: RunDirectory, address: str | None) -> None:
     log.info("run %s: listening at %s", run.manifest().run, server.address)
     server.serve()
     worker.shutdown(cancel_futures=True)
+
+
+def _wait_for_room(run: RunDirectory) -> None:
+    """Wait until a broker can journal anything at all, and say so; one that has died of a full disk is not to die of it again and again."""
+    needed = reserves(run.config(), 0).commit
+    for num_waited in itertools.count():
+        free = shutil.disk_usage(run.path).free
+        if free >= needed:
+            break
+        if num_waited % SAY_SECONDS == 0:
+            log.warning(
+                "waiting for room before the journal is opened: %d MiB free at %s, %d MiB needed; free space there, it goes on by itself",
+                free // MIB, run.path, -(-needed // MIB),
+            )  # fmt: skip
+        time.sleep(1.0)
+    if num_waited:
+        log.info("there is room again: %d MiB free", free // MIB)
 
 
 def _raise_open_files() -> None:
@@ -101,10 +125,10 @@ async def _run_actor(port: Any, name: str, engine: str | None) -> None:
     # Heavy imports come before the broker hears of us: they hold up the event loop, and with it the heartbeat.
     from actor import transformers_engine  # noqa: F401
 
-    reporter = _Reporter(port)
+    reporter, died = _Reporter(port), None
     welcome = await port.join(engine or "any engine", reporter)
     with tempfile.TemporaryDirectory(prefix="slipstream-policy-") as folder:
-        actor = await build_actor(port, welcome, Path(folder), name, engine)
+        actor = await build_actor(port, welcome, Path(folder), name, engine, scores_beside=True)
         reporter.report = actor.report
         working = asyncio.ensure_future(actor.run())
         loop = asyncio.get_running_loop()
@@ -114,6 +138,20 @@ async def _run_actor(port: Any, name: str, engine: str | None) -> None:
             await working
         except asyncio.CancelledError:
             log.info("leaving; tickets in hand go back to the broker")
+        except BaseExceptionGroup as group:
+            died = _first_of(group, EngineDied)
+            if died is None:
+                raise
+    if died is not None:
+        end_now(died)
+
+
+def _first_of(group: BaseExceptionGroup[Any], kind: type[EngineDied]) -> EngineDied | None:
+    """The first error of a kind in a group of groups."""
+    found: Any = group.subgroup(kind)
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found if isinstance(found, kind) else None
 
 
 class _Reporter:
@@ -129,11 +167,14 @@ class _Reporter:
         return ActorReport(-1, 0, self._port.held_tickets(), 0.0, 0.0, 0, "building the engine")
 
 
-async def build_actor(port: ActorPort, welcome: ActorWelcome, folder: Path, name: str, engine_name: str | None = None) -> Any:
-    """An actor from what the broker's welcome says; the policy's files are put in `folder`."""
+async def build_actor(
+    port: ActorPort, welcome: ActorWelcome, folder: Path, name: str, engine_name: str | None = None, *, scores_beside: bool = False
+) -> Any:
+    """An actor from what the broker's welcome says; the policy's files are put in `folder`. `scores_beside`: rewards in another process."""
     from transformers import AutoTokenizer
 
     from actor.loop import Actor
+    from actor.scoring import ScoringProcess
     from tasks.registry import load_task
 
     config = parse_config_json(welcome.config)
@@ -143,7 +184,13 @@ async def build_actor(port: ActorPort, welcome: ActorWelcome, folder: Path, name
     engine = await build_engine(engine_name or config.actor.engine, config, folder)
     tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, folder)
     task = load_task(config.task.name, config.task.options)
-    return Actor(name, port, engine, task, tokenizer, stop_ids(folder, tokenizer), config.rollout, welcome.policy_files)
+    scorer = None
+    if scores_beside:
+        command = [sys.executable, str(CLI), "score", "--parent", str(os.getpid())]
+        scorer = ScoringProcess(command, config.task.name, config.task.options)
+        await scorer.start()
+    ends = stop_ids(folder, tokenizer)
+    return Actor(name, port, engine, task, tokenizer, ends, config.rollout, welcome.policy_files, scorer=scorer)
 
 
 async def build_engine(name: str, config: Config, folder: Path) -> Engine:
@@ -189,25 +236,25 @@ def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return end_token(tokenizer, settings.eos_token_id if settings else None)
 
 
-def parse_config_json(text: str) -> Config:
-    """The configuration that the broker sent."""
-    import json
-
-    return parse_config(json.loads(text))
-
-
 # --- learner
 
 
 def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
-    """Put what a learner needs (configuration, run id, policy) in `folder`, from the broker alone."""
+    """Put what a learner needs (configuration, run id, policy) in `folder`, from the broker alone; what is there is kept.
+
+    The configuration is taken anew each time: a run that goes on may have changed it.
+    """
     from broker.blobs import BlobStore
     from broker.learner_client import LearnerClient
     from deploy.rundir import RunManifest
 
+    run = RunDirectory(folder)
     client = LearnerClient(address, key)
     try:
         info = client.run_info()
+        if (folder / "run.json").exists():
+            run.change_config(parse_config_json(info.config))
+            return
         policy = folder / "policy"
         policy.mkdir(parents=True, exist_ok=True)
         for file in info.policy_files:
@@ -217,7 +264,7 @@ def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
     finally:
         client.close()
     manifest = RunManifest(info.run, "", str(policy.resolve()), 0, info.policy_files, {}, {})
-    RunDirectory(folder).create(parse_config_json(info.config), manifest)
+    run.create(parse_config_json(info.config), manifest)
 
 
 def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
@@ -225,44 +272,60 @@ def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
     import torch
 
     from broker.learner_client import LearnerClient
+    from learner.damage import set_aside_damaged
     from learner.ranks import OneRank, TorchRanks, under_torchrun
 
     config = run.config()
-    device = _learner_device(config)
+    device = learner_device(config)
     torch.set_num_threads(config.learner.threads)
     ranks = TorchRanks(device) if under_torchrun() else OneRank()
-    learner = _build_learner(run, ranks, LearnerClient(address, key) if ranks.rank == 0 else None, device, beside=True)
+    if ranks.rank == 0:
+        set_aside_damaged(run.checkpoints, log.error)
+    ranks.barrier()
+    port = LearnerClient(address, key) if ranks.rank == 0 else None
+    if port is not None and isinstance(ranks, TorchRanks):
+        port.note(lambda: ranks.waits)
+    learner = build_learner(config, run.manifest().run, Path(run.manifest().policy), run.checkpoints, ranks, port, device)
     learner.run()
     if isinstance(ranks, TorchRanks):
         ranks.close()
 
 
-def _build_learner(run: RunDirectory, ranks: Any, port: LearnerPort | None, device: Any, *, beside: bool) -> Any:
-    """One rank's learner on a run's policy, or on its newest checkpoint; it publishes `beside` its steps, or between them."""
+def build_learner(
+    config: Config,
+    run: str,
+    policy: Path,
+    checkpoints: Path,
+    ranks: Any,
+    port: LearnerPort | None,
+    device: Any,
+    *,
+    evaluates: bool = True,
+    **how: Any,
+) -> Any:
+    """One rank's learner on a policy, or on the newest of the checkpoints; `how` is passed on to it."""
     from transformers import AutoTokenizer
 
     from learner.loop import Learner
     from tasks.registry import load_task
 
-    config, manifest = run.config(), run.manifest()
-    policy = Path(manifest.policy)
     tokenizer = AutoTokenizer.from_pretrained(policy)
     return Learner(
         config=config,
         policy=policy,
-        run=manifest.run,
-        folder=run.checkpoints,
-        task=load_task(config.task.name, config.task.options),
+        run=run,
+        folder=checkpoints,
+        task=load_task(config.task.name, config.task.options) if evaluates else None,
         tokenizer=tokenizer,
         stop_ids=stop_ids(policy, tokenizer),
         ranks=ranks,
         port=port,
         device=device,
-        beside=beside,
+        **how,
     )
 
 
-def _learner_device(config: Config) -> Any:
+def learner_device(config: Config) -> Any:
     import torch
 
     name = config.learner.device
@@ -297,7 +360,10 @@ def run_serial(run: RunDirectory) -> None:
             for index in range(max(1, config.actor.num_actors)):
                 actors.append(loop.create_task(_serial_actor(memory.actor_port(f"actor-{index}"), Path(folder), f"actor-{index}")))
             port = memory.learner_port(loop, lambda: _raise_failure(actors))
-            learner = _build_learner(run, OneRank(), port, _learner_device(config), beside=False)
+            manifest = run.manifest()
+            learner = build_learner(
+                config, manifest.run, Path(manifest.policy), run.checkpoints, OneRank(), port, learner_device(config), beside=False
+            )
             learner.run()
             loop.run_until_complete(asyncio.wait_for(asyncio.gather(*actors), 60))
     finally:

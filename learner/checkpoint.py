@@ -1,18 +1,21 @@
 """Checkpoints: everything a learner needs to go on as if it had not stopped.
 
-Invariant: a folder under its final name is complete; it gets that name by a rename after its bytes are on the disk.
+Invariant: a folder under its final name is complete; it gets that name by a rename after its bytes are on the disk. A full disk is waited for,
+and holds only what had a name before.
 
     step-00000050/
         policy/                    config, tokenizer and fp32 weights, a Hugging Face folder that from_pretrained loads
         optimizer.safetensors      AdamW's moments, named after the parameters
         published/                 the bits published last, a file for each rank; only if they are not those of the policy, rounded
-        state.json                 step, run, and the version published last
+        state.json                 step, run, the version published last, and the digests of all other files (learner.damage)
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +23,100 @@ import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
+from learner.damage import STATE_NAME, CheckpointState, digests_of, list_checkpoints, load_state
 from learner.model import published_weights
 from learner.publish import Published, share_of
 from learner.ranks import Ranks
 from protocol import safetensors_file
 from protocol.errors import CheckpointError
-from protocol.weights import PolicyVersion, Weights, root_hash
+from protocol.weights import Weights, root_hash
 
+__all__ = ["CheckpointState", "list_checkpoints", "load_optimizer", "load_published", "load_state", "save_checkpoint"]
 PUBLISHED = "published"
+MARGIN_BYTES = 16 << 20
+"""Tokenizer, configuration, headers."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM_TEXT = f"os error {errno.ENOSPC}"
+"""What the error of a library that writes by itself says."""
 NUM_KEPT = 3
 """Older checkpoints are removed."""
 
 
-class CheckpointState(msgspec.Struct, frozen=True):
-    """The small part of a checkpoint."""
-
-    run: str
-    step: int
-    version: PolicyVersion
-
-
 def save_checkpoint(
-    folder: Path, run: str, step: int, published_step: int, trainer: Any, published: Published, tokenizer: Any, ranks: Ranks
+    folder: Path,
+    run: str,
+    step: int,
+    published_step: int,
+    trainer: Any,
+    published: Published,
+    tokenizer: Any,
+    ranks: Ranks,
+    *,
+    wait: Callable[[str], None],
+    free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> None:
     """Write the checkpoint of theta_step below `folder` and remove old ones; called on every rank, done when it returns.
 
-    `published_step` is the step of the version published last.
+    `published_step` is the step of the version published last. While the disk has no room (`free` says how many bytes), `wait` is called on
+    rank 0 with the reason, and lets a second pass; it may raise to end the wait.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
-    if ranks.rank == 0 and not final.exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / PUBLISHED).mkdir(parents=True)
-    if ranks.broadcast(bytes([final.exists()]) if ranks.rank == 0 else None) == b"\x01":
-        return
-    if published_step != step:
-        path = partial / PUBLISHED / f"rank-{ranks.rank:04d}.safetensors"
-        path.write_bytes(safetensors_file.serialize(published.weights, {}))
-    ranks.barrier()
+    state = CheckpointState(run, step, published.version)
+    needed = bytes_needed(trainer, with_published=published_step != step)
+    is_written = final.exists() if ranks.rank == 0 else False
+    while ranks.broadcast(bytes([is_written]) if ranks.rank == 0 else None) == b"\x00":
+        if ranks.rank == 0:
+            _clear(folder, partial, needed, free, wait)
+        ranks.barrier()
+        has_room = published_step == step or _unless_full(_write_share, partial, ranks.rank, published)
+        num_full = torch.tensor([float(not has_room)], device=trainer.device)
+        ranks.sum_(num_full)
+        if ranks.rank == 0:
+            if num_full.item() or not _unless_full(_finish, folder, partial, final, state, trainer, tokenizer):
+                shutil.rmtree(partial, ignore_errors=True)
+                wait(f"the disk became full while the checkpoint was being written to {folder}; free space there, it goes on by itself")
+            is_written = final.exists()
     if ranks.rank == 0:
-        _finish(folder, partial, final, CheckpointState(run, step, published.version), trainer, tokenizer)
+        _remove_old(folder)
     ranks.barrier()
+
+
+def bytes_needed(trainer: Any, *, with_published: bool) -> int:
+    """About how many bytes a checkpoint takes: fp32 weights, two moments, and the bits published last if they are stored beside."""
+    parameters = list(trainer.model.parameters())
+    weights: int = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    moments: int = sum(2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+    published: int = sum(2 * parameter.numel() for parameter in parameters) if with_published else 0
+    return weights + moments + published + MARGIN_BYTES
+
+
+def _clear(folder: Path, partial: Path, needed: int, free: Callable[[Path], int], wait: Callable[[str], None]) -> None:
+    """An empty folder to write to, once there is room for what it will hold."""
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    while (found := free(folder)) < needed:
+        wait(
+            f"waiting for room for the checkpoint: {found >> 20} MiB free at {folder}, {-(-needed >> 20)} MiB needed; "
+            "free space there, it goes on by itself"
+        )
+    (partial / PUBLISHED).mkdir(parents=True)
+
+
+def _unless_full(write: Callable[..., None], *arguments: Any) -> bool:
+    """Whether there was room for what `write` writes. Other errors are raised."""
+    try:
+        write(*arguments)
+    except Exception as error:
+        if getattr(error, "errno", None) in NO_ROOM or NO_ROOM_TEXT in str(error):
+            return False
+        raise
+    return True
+
+
+def _write_share(partial: Path, rank: int, published: Published) -> None:
+    path = partial / PUBLISHED / f"rank-{rank:04d}.safetensors"
+    path.write_bytes(safetensors_file.serialize(published.weights, {}))
 
 
 def _finish(folder: Path, partial: Path, final: Path, state: CheckpointState, trainer: Any, tokenizer: Any) -> None:
@@ -68,31 +124,18 @@ def _finish(folder: Path, partial: Path, final: Path, state: CheckpointState, tr
     trainer.model.save_pretrained(partial / "policy")
     tokenizer.save_pretrained(partial / "policy")
     save_file(_moments(trainer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_bytes(msgspec.json.encode(state))
+    (partial / STATE_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(state, digests=digests_of(partial))))
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
     partial.rename(final)
     _sync(folder)
+
+
+def _remove_old(folder: Path) -> None:
     for old in list_checkpoints(folder)[:-NUM_KEPT]:
         removing = old.with_name(f".{old.name}.removing")
         old.rename(removing)
         shutil.rmtree(removing)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
-
-
-def load_state(checkpoint: Path, run: str) -> CheckpointState:
-    """The state of a checkpoint. Raises CheckpointError if it is not one of `run`."""
-    try:
-        state = msgspec.json.decode((checkpoint / "state.json").read_bytes(), type=CheckpointState)
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}. Remove it to start from an older one.") from None
-    if state.run != run:
-        raise CheckpointError(f"checkpoint {checkpoint} belongs to run {state.run!r}, not to {run!r}. Give this run's folder.")
-    return state
 
 
 def load_published(checkpoint: Path, state: CheckpointState, model: Any, rank: int, world_size: int) -> Published:

@@ -20,6 +20,7 @@ from learner.batch import Batch, make_batch
 from learner.environment import environment
 from learner.evaluate import evaluate
 from learner.model import load_model
+from learner.observe import StepObserver
 from learner.publish import Published, Publisher
 from learner.ranks import Ranks
 from learner.step import Trainer
@@ -31,6 +32,7 @@ from protocol.ports import LearnerPort, ReceivedBatch
 from tasks.base import Task
 
 log = logging.getLogger("learner")
+SAY_SECONDS = 30.0
 
 
 class _Delivery(msgspec.Struct, array_like=True):
@@ -51,17 +53,22 @@ class Learner:
         policy: str | Path,
         run: str,
         folder: Path,
-        task: Task,
+        task: Task | None,
         tokenizer: Any,
         stop_ids: tuple[int, ...],
         ranks: Ranks,
         port: LearnerPort | None,
         device: torch.device,
         monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
         *,
         beside: bool = True,
+        observer: StepObserver | None = None,
     ) -> None:
-        """Load the policy (a folder), or the newest checkpoint below `folder`. `beside` is False where the port belongs to this thread."""
+        """Load the policy (a folder), or the newest checkpoint below `folder`.
+
+        Without a `task` nothing is evaluated. `beside` is False where the port belongs to this thread. `observer` is told of every step.
+        """
         self._config, self._pacing = config, config.pacing
         self._run, self._folder = run, folder
         self._task, self._tokenizer, self._stop_ids = task, tokenizer, stop_ids
@@ -79,9 +86,10 @@ class Learner:
             checkpoint.load_optimizer(self._checkpoint, self._trainer)
             self._published = checkpoint.load_published(self._checkpoint, state, model, ranks.rank, ranks.world_size)
         self._published_step = state.version.step if state else -1
-        self._policy, self._beside = Path(policy), beside
+        self._policy, self._beside, self._observer = Path(policy), beside, observer
         self._publisher: Publisher | None = None
         self._busy_since = self._busy = 0.0
+        self._sleep, self._said_at = sleep, float("-inf")
 
     def run(self) -> bool:
         """The main loop; True if the last step was reached.
@@ -167,7 +175,11 @@ class Learner:
         lags = batch.lags(self.step, self._pacing.max_lag)
         self._work(f"training step {self.step}")
         started = self._monotonic()
+        if self._observer is not None:
+            self._observer.before(self.step, batch, self._trainer)
         metrics = self._trainer.apply(batch, self.step)
+        if self._observer is not None:
+            self._observer.after(self.step, metrics, self._trainer)
         metrics |= batch.facts | {"lag_mean": sum(lags) / len(lags), "lag_max": max(lags)}
         metrics["seconds_training"] = self._monotonic() - started
         metrics["seconds_waiting"], self._waited = self._waited, 0.0
@@ -192,6 +204,8 @@ class Learner:
         return {"seconds_publishing": self._monotonic() - started}
 
     def _evaluate(self) -> None:
+        if self._task is None:
+            return
         self._work(f"evaluating step {self.step}")
         reward, count = evaluate(
             self._trainer.model,
@@ -224,7 +238,16 @@ class Learner:
             self._publisher.published,
             self._tokenizer,
             self._ranks,
+            wait=self._wait_for_room,
         )
+
+    def _wait_for_room(self, text: str) -> None:
+        """Rank 0 waits a second for room on the disk, and says so: in heartbeats, and every SAY_SECONDS in the log."""
+        self._work(text)
+        if self._monotonic() - self._said_at >= SAY_SECONDS:
+            self._said_at = self._monotonic()
+            log.warning("%s", text)
+        self._sleep(1.0)
 
     def _leave(self, started: float) -> None:
         assert self._publisher is not None

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from learner.pulse import START_SECONDS, Pulse
+
+NO_DEADLINE = timedelta(days=365)
+"""For collectives: rank 0 may rightly wait for long while the others wait for it. What ends a wait for a rank that is lost is its pulse."""
+START_DEADLINE = timedelta(seconds=START_SECONDS)
+"""For all ranks to find the store where they meet."""
 
 
 class Ranks(Protocol):
@@ -50,17 +60,35 @@ class OneRank:
 
 
 class TorchRanks:
-    """Ranks under torchrun, by torch.distributed."""
+    """Ranks under torchrun, by torch.distributed. Their pulses are watched (learner.pulse); `waits` says which ranks are silent."""
 
     def __init__(self, device: torch.device) -> None:
         """Join the process group that torchrun's environment names."""
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Rank 0 may wait long for a batch while the others wait for rank 0; the broker's heartbeats find a dead learner much sooner.
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
-        self._side = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-        self.rank, self.world_size, self._device = dist.get_rank(), dist.get_world_size(), device
+        store, rank, world_size = next(rendezvous("env://", timeout=START_DEADLINE))
+        self.rank, self.world_size, self._device = rank, world_size, device
+        self._pulse = Pulse(store.clone(), rank, world_size)
+        self._pulse.start()
+        with self._inside():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=NO_DEADLINE)
+            self._side = dist.new_group(backend="gloo", timeout=NO_DEADLINE)
+
+    @property
+    def waits(self) -> str:
+        return self._pulse.waits
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """In a collective of the training thread."""
+        self._pulse.enter()
+        yield
+        self._pulse.leave()
 
     def broadcast(self, data: bytes | None) -> bytes:
+        with self._inside():
+            return self._broadcast(data)
+
+    def _broadcast(self, data: bytes | None) -> bytes:
         size = torch.tensor([len(data or b"")], dtype=torch.int64, device=self._device)
         dist.broadcast(size, 0)
         if data is None:
@@ -71,10 +99,14 @@ class TorchRanks:
         return buffer.cpu().numpy().tobytes() if data is None else data
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        dist.all_reduce(tensor)
+        with self._inside():
+            dist.all_reduce(tensor)
+            if tensor.is_cuda:
+                torch.cuda.current_stream().synchronize()  # on an accelerator the call itself does not wait
 
     def barrier(self) -> None:
-        dist.barrier()
+        with self._inside():
+            dist.barrier()
 
     def gather(self, data: bytes) -> list[bytes] | None:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
@@ -93,6 +125,7 @@ class TorchRanks:
 
     def close(self) -> None:
         """Leave the process group."""
+        self._pulse.stop()
         dist.destroy_process_group()
 
 

@@ -85,4 +85,86 @@ def test_durations_are_read_from_the_facts() -> None:
     assert found.ticket_seconds == {0: 2.0, 1: 1.0}
     assert found.step_seconds == {0: pytest.approx(2.0)}
     assert (found.learner_came, found.waiting, found.num_steps, found.elapsed) == (2.0, 4.0, 1, 8.0)
-    assert found.presences == [Presence("a", "e", 1.0, math.inf, 2, 0.5, 1)]
+    assert found.presences == [Presence("a", "e", 2.5, math.inf, 2, 0.5, 1)]
+
+
+def recorded(*what: tuple[float, facts.AnyFact]) -> Course:
+    return course_of(JournalEntry(lsn, time, fact) for lsn, (time, fact) in enumerate(what, start=1))
+
+
+def issued(ticket: int, actor: str = "a") -> facts.TicketIssued:
+    return facts.TicketIssued(ticket, 1, actor, "e", 0, 0)
+
+
+def accepted(ticket: int, actor: str = "a") -> facts.GroupAccepted:
+    return facts.GroupAccepted(actor, "e", ticket + 1, ticket, 1, [0], 0, 5, 1.0)
+
+
+def stepped(step: int, lineage: int = 0, **seconds: float) -> facts.StepCommitted:
+    return facts.StepCommitted(step, step, lineage, [0], {f"seconds_{name}": value for name, value in seconds.items()})
+
+
+START = (
+    (0.0, facts.RunStarted("run", 0)),
+    (0.0, facts.ActorJoined("a", "e", "", "")),
+    (0.0, facts.LearnerStarted("s", 0, 0, 1)),
+)
+
+
+def test_a_ticket_that_waits_behind_others_in_its_actor_is_not_worked_on_meanwhile() -> None:
+    found = recorded(*START, *((1.0, issued(n)) for n in range(3)), *((2.0 + n, accepted(n)) for n in range(3)), (9.0, stepped(0)))
+    assert found.ticket_seconds == {0: 1.0, 1: 1.0, 2: 1.0}
+    assert (found.presences[0].capacity, found.presences[0].at_a_time) == (3, 1)
+
+
+def test_tickets_that_overtake_others_were_worked_on_beside_them() -> None:
+    found = recorded(
+        *START, *((1.0, issued(n)) for n in range(3)), (3.0, accepted(2)), (4.0, accepted(0)), (5.0, accepted(1)), (9.0, stepped(0))
+    )
+    assert found.ticket_seconds == {0: 3.0, 1: 4.0, 2: 2.0}
+    assert found.presences[0].at_a_time == 3
+
+
+def test_what_an_actor_works_on_at_a_time_is_what_it_works_on_in_the_model() -> None:
+    one_by_one, beside = course(1.0, 0.0, 1, 4), course(1.0, 0.0, 1, 4)
+    one_by_one.presences = [presence._replace(at_a_time=1) for presence in one_by_one.presences]
+    assert repace(one_by_one, config(9)).elapsed == pytest.approx(NUM_STEPS * 1.0)
+    assert repace(beside, config(9)).elapsed == pytest.approx(math.ceil(NUM_STEPS / 4) * 1.0)
+
+
+def test_a_batch_on_its_way_to_the_learner_is_waited_for() -> None:
+    found = recorded(
+        *START, (1.0, issued(0)), (2.0, accepted(0)), (2.0, facts.BatchFormed(0, 0, [0])), (5.5, stepped(0, waiting=2.5, training=3.0))
+    )
+    assert found.delivery_seconds == {0: pytest.approx(0.5)}
+    made = course(0.0, 1.0)
+    made.delivery_seconds = dict.fromkeys(range(NUM_STEPS), 0.25)
+    account = repace(made, config(9))
+    assert account.waiting == pytest.approx(NUM_STEPS * 0.25)
+    assert account.elapsed == pytest.approx(NUM_STEPS * 1.25)
+
+
+def test_steps_that_were_done_again_count_once_and_what_was_lost_is_time_at_the_step_that_was_resumed() -> None:
+    found = recorded(
+        *START, (0.5, issued(0)), (0.5, accepted(0)), (1.0, stepped(0, waiting=0.5)), (2.0, stepped(1, waiting=0.5)), (3.0, stepped(2, waiting=0.5)),
+        (10.0, facts.RunStarted("run", 7)), (11.0, facts.LearnerStarted("t", 1, 1, 1)),
+        (12.0, stepped(1, 1, waiting=0.1)), (13.0, stepped(2, 1, waiting=0.1)), (14.0, stepped(3, 1, waiting=0.1)),
+    )  # fmt: skip
+    assert found.lost_seconds == {1: 10.0}
+    assert (found.num_steps, found.elapsed, found.learner_came) == (4, 14.0, 0.0)
+    assert found.waiting == pytest.approx(0.8)
+    assert sum(found.lags.values()) == 4
+    account = repace(found, config(2))
+    assert account.elapsed == pytest.approx(sum(found.step_seconds.values()) + 10.0, abs=1.0)
+
+
+def test_an_actor_that_dies_and_comes_again_has_its_tickets_issued_again_and_a_presence_for_each_life() -> None:
+    found = recorded(
+        *START, (1.0, issued(0)), (1.0, issued(1)), (2.0, facts.ActorLeft("a", "e", "silent")), (2.0, facts.TicketRevoked(0, 1, "")),
+        (3.0, facts.ActorJoined("a", "f", "", "")), (4.0, facts.TicketIssued(0, 2, "a", "f", 0, 0)),
+        (5.0, facts.GroupAccepted("a", "f", 1, 0, 2, [0], 0, 5, 1.0)), (9.0, stepped(0)),
+    )  # fmt: skip
+    assert found.ticket_seconds == {0: 1.0}
+    assert [(one.epoch, one.came, one.went, one.capacity) for one in found.presences] == [("e", 1.0, 2.0, 2), ("f", 4.0, math.inf, 1)]
+    account = repace(found, config(2))
+    assert account.elapsed > 3.0

@@ -55,6 +55,15 @@ def test_a_voice_that_comes_back_starts_anew() -> None:
     assert presence.is_news("actor-0", 47.0)
 
 
+def test_one_that_the_broker_still_shows_is_told_once_too() -> None:
+    presence = Presence()
+    told = []
+    for now in range(10, 40):
+        hear(presence, 0.0, now - 10.0, float(now))
+        told += [now] if presence.is_news("actor-0", float(now)) else []
+    assert told == [21]
+
+
 def test_a_learner_has_more_patience_than_an_actor() -> None:
     assert LEARNER.joined > ACTOR.joined
     assert LEARNER.starting > ACTOR.starting

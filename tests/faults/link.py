@@ -1,6 +1,6 @@
 """A network that misbehaves on demand between a broker and its peers, on loopback: for tests and benchmarks.
 
-Invariant: what is carried arrives in order and, unless `flip_share` says otherwise, as it was sent; a fault holds from the call that makes it to the
+Invariant: what is carried arrives in order and, unless `flip_every` says otherwise, as it was sent; a fault holds from the call that makes it to the
 one that ends it.
 """
 
@@ -42,8 +42,10 @@ class Road:
     delay: float = 0.0
     jitter: float = 0.0
     """Seconds; each block takes `delay` and up to `jitter` more, and none overtakes another."""
-    flip_share: float = 0.0
-    """Of the blocks, those that arrive with one bit changed."""
+    flip_every: int = 0
+    """One block of so many arrives with one bit changed, beginning with the next; 0 for none."""
+    num_since: int = 0
+    """Blocks since `flip_every` was set."""
     num_flipped: int = 0
     free_at: float = 0.0
     passing: dict[Channel, asyncio.Event] = field(default_factory=dict)
@@ -224,10 +226,11 @@ class Link:
             await road.passing[channel].wait()
             if not data:
                 return
-            if self._random.random() < road.flip_share:
+            if road.flip_every and road.num_since % road.flip_every == 0:
                 place = self._random.randrange(len(data))
                 data = data[:place] + bytes([data[place] ^ 1 << self._random.randrange(8)]) + data[place + 1 :]
                 road.num_flipped += 1
+            road.num_since += 1
             await self._loop.sock_sendall(sink, data)
             if way is Way.DOWN:
                 self.num_bytes[channel] += len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from learner.checkpoint import NUM_KEPT, PUBLISHED, list_checkpoints, load_optimizer, load_published, load_state, save_checkpoint
+from learner.checkpoint import (
+    MARGIN_BYTES,
+    NUM_KEPT,
+    PUBLISHED,
+    bytes_needed,
+    list_checkpoints,
+    load_optimizer,
+    load_published,
+    load_state,
+    save_checkpoint,
+)
 from learner.model import load_model, published_weights
 from learner.publish import Published, share_of
 from learner.ranks import OneRank, Ranks
@@ -33,9 +44,13 @@ def publication(model: Any, step: int, number: int = 0) -> Published:
     return Published(PolicyVersion(number, step, 0, root_hash(weights)), weights)
 
 
+def never(reason: str) -> None:
+    raise AssertionError(reason)
+
+
 def save(folder: Path, step: int, trainer: Trainer, published: Published, tokenizer: Any = TOKENIZER, run: str = "run") -> Path:
     """The checkpoint of a learner of one rank."""
-    save_checkpoint(folder, run, step, published.version.step, trainer, published, tokenizer, OneRank())
+    save_checkpoint(folder, run, step, published.version.step, trainer, published, tokenizer, OneRank(), wait=never)
     return folder / f"step-{step:08d}"
 
 
@@ -149,7 +164,7 @@ def checkpoint_of_ranks(
         # Only rank 0 knows the version; the others hold their share of the bits.
         version = published.version if ranks.rank == 0 else PolicyVersion(-1, -1, -1, "")
         share = Published(version, {name: published.weights[name] for name in names})
-        save_checkpoint(folder, "run", 1, published_step, trainer, share, TOKENIZER, ranks)
+        save_checkpoint(folder, "run", 1, published_step, trainer, share, TOKENIZER, ranks, wait=never)
         assert len(list_checkpoints(folder)) == 1, "returned before it was done"
 
     on_ranks(world_size, write)
@@ -314,3 +329,128 @@ def test_the_policy_of_a_checkpoint_is_a_folder_that_from_pretrained_loads(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "policy")
     assert tokenizer.decode(tokenizer.encode("12+3=", add_special_tokens=False)) == "12+3="
     assert load_model(checkpoint / "policy", torch.device("cpu")).dtype == torch.float32
+
+
+# --- a full disk
+
+
+class Disk:
+    """A disk that has more room each time it is waited for; `reasons` are what was said meanwhile, `partial` what was there then."""
+
+    def __init__(self, folder: Path, free: list[int]) -> None:
+        self._folder, self._free = folder, free
+        self.reasons: list[str] = []
+        self.partial: list[Path] = []
+
+    def free(self, folder: Path) -> int:
+        assert folder == self._folder
+        return self._free[0]
+
+    def wait(self, reason: str) -> None:
+        self._free.pop(0)
+        self.reasons.append(reason)
+        self.partial += self._folder.glob(".*")
+
+
+class FullOnce:
+    """Stands for a library that writes a file and finds the disk full, the first time."""
+
+    def __init__(self, error: Exception) -> None:
+        self._errors = [error]
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "half.json").write_text("half")
+        if self._errors:
+            raise self._errors.pop()
+        TOKENIZER.save_pretrained(folder)
+
+
+def test_a_checkpoint_waits_for_room_before_it_writes_and_says_for_how_much(
+    tmp_path: Path, make_llama: Any, make_training_batch: Any
+) -> None:
+    trainer = make_trainer(make_llama())
+    trainer.apply(make_training_batch(), 0)
+    needed = bytes_needed(trainer, with_published=False)
+    disk = Disk(tmp_path, [3 << 20, needed - 1, needed])
+    published = publication(trainer.model, 1)
+    save_checkpoint(tmp_path, "run", 1, 1, trainer, published, TOKENIZER, OneRank(), wait=disk.wait, free=disk.free)
+    assert len(disk.reasons) == 2
+    assert f"3 MiB free at {tmp_path}, {-(-needed >> 20)} MiB needed" in disk.reasons[0]
+    assert disk.partial == []
+    assert restore(tmp_path / "step-00000001").version == published.version
+
+
+@pytest.mark.parametrize("with_published", [False, True])
+def test_a_checkpoint_takes_no_more_room_than_it_waits_for(
+    with_published: bool, tmp_path: Path, make_llama: Any, make_training_batch: Any
+) -> None:
+    trainer = make_trainer(make_llama())
+    trainer.apply(make_training_batch(), 0)
+    checkpoint = save(tmp_path, 1, trainer, publication(trainer.model, 0 if with_published else 1))
+    taken = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    needed = bytes_needed(trainer, with_published=with_published)
+    assert needed - MARGIN_BYTES <= taken <= needed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_becomes_full_meanwhile_leaves_nothing_of_the_checkpoint_and_it_is_written_again(
+    error: Exception, tmp_path: Path, make_llama: Any, make_training_batch: Any
+) -> None:
+    trainer = make_trainer(make_llama())
+    trainer.apply(make_training_batch(), 0)
+    disk = Disk(tmp_path, [1 << 40, 1 << 40])
+    published = publication(trainer.model, 1)
+    save_checkpoint(tmp_path, "run", 1, 1, trainer, published, FullOnce(error), OneRank(), wait=disk.wait, free=disk.free)
+    assert len(disk.reasons) == 1 and "became full" in disk.reasons[0]
+    assert disk.partial == [], "half a checkpoint takes room from what would free some"
+    assert restore(tmp_path / "step-00000001").version == published.version
+
+
+def test_a_disk_that_is_broken_is_not_waited_for(tmp_path: Path, make_llama: Any, make_training_batch: Any) -> None:
+    trainer = make_trainer(make_llama())
+    trainer.apply(make_training_batch(), 0)
+    with pytest.raises(OSError, match="Input/output"):
+        save(tmp_path, 1, trainer, publication(trainer.model, 1), FullOnce(OSError(errno.EIO, "Input/output error")))
+
+
+def test_a_share_that_has_no_room_holds_up_all_ranks_and_all_write_again(
+    tmp_path: Path, make_llama: Any, make_training_batch: Any, on_ranks: Any
+) -> None:
+    trainer = make_trainer(make_llama())
+    published = publication(trainer.model, 0, number=7)
+    trainer.apply(make_training_batch(), 0)
+    disk = Disk(tmp_path, [1 << 40, 1 << 40])
+
+    class Share:
+        """The bits of rank 1, which cannot be written the first time."""
+
+        version = published.version
+        num_failures = 1
+
+        def __init__(self, names: list[str]) -> None:
+            self._names = names
+
+        @property
+        def weights(self) -> Weights:
+            if self._names and Share.num_failures and self._names[0] in shares[1]:
+                Share.num_failures -= 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return {name: published.weights[name] for name in self._names}
+
+    shares = [share_of(sizes_of(published.weights), rank, 2) for rank in range(2)]
+
+    def write(ranks: Ranks) -> None:
+        share: Any = Share(shares[ranks.rank])
+        wait = disk.wait if ranks.rank == 0 else never
+        save_checkpoint(tmp_path, "run", 1, 0, trainer, share, TOKENIZER, ranks, wait=wait, free=disk.free)
+
+    on_ranks(2, write)
+    assert len(disk.reasons) == 1 and disk.partial == []
+    assert root_hash(restore(tmp_path / "step-00000001").weights) == published.version.root

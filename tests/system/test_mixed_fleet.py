@@ -19,7 +19,7 @@ from broker.sockets import Channel
 from learner.supervised import character_tokenizer
 from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME, open_read_only
-from tests.system.link import Link, free_port
+from tests.faults.link import Link, free_port
 
 pytestmark = pytest.mark.system
 

@@ -24,7 +24,7 @@ from learner.supervised import character_tokenizer
 from protocol.facts import GroupAccepted, StepCommitted
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
 from protocol.messages import CHUNK_BYTES
-from tests.system.link import Link
+from tests.faults.link import Link
 
 pytestmark = pytest.mark.system
 BYTES_PER_SECOND = 1e6

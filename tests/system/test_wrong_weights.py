@@ -29,7 +29,7 @@ from protocol.facts import VersionPublished
 from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
 from protocol.weights import Weights, root_hash
-from tests.system.link import Link
+from tests.faults.link import Link
 
 pytestmark = pytest.mark.system
 TOLERANCE = 2e-5
