@@ -22,7 +22,7 @@ from broker.blobs import BlobStore
 from broker.keys import KeyFile
 from broker.pieces import CREDIT, Pieces
 from broker.put_off import ASK_AGAIN_SECONDS, PutOff
-from broker.sockets import Channel, Renewal, client_socket, endpoint, send_or_drop
+from broker.sockets import NO_CONNECTION_SECONDS, Channel, Renewal, client_socket, endpoint, send_or_drop
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, DamagedDelta, RequestRefused
 from protocol.messages import CHUNK_BYTES
@@ -159,7 +159,7 @@ class BlobClient:
                 raise RequestRefused(f"blob {blob.digest[:16]}", "the transfer was given up")
             is_lost = self._has_reconnected() or is_lost
             if not self._socket.poll(0, zmq.POLLOUT):
-                self._renewal.consider(self._connected_at, time.monotonic())
+                self._renewal.consider(self._connected_at, time.monotonic(), NO_CONNECTION_SECONDS)
             else:
                 self._connected_at = time.monotonic()
                 if is_lost or 0 < ask_from <= time.monotonic():

@@ -24,7 +24,7 @@ from broker.core import LEARNER, PUBLISHER
 from broker.keys import KeyFile
 from broker.put_off import PutOff
 from broker.server import make_identity
-from broker.sockets import Channel, Renewal, client_socket, endpoint, send_or_drop, wait_connected
+from broker.sockets import NO_CONNECTION_SECONDS, Channel, Renewal, client_socket, endpoint, send_or_drop, wait_connected
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, IncompatiblePeer, MalformedFrame, RequestRefused, TakenOver
 from protocol.messages import HEARTBEAT_SECONDS, PROTOCOL_VERSION
@@ -299,7 +299,8 @@ class _Heartbeat(threading.Thread):
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             if send_or_drop(self._socket, codec.encode(self._activity.report()), 0):
                 sent_at = time.monotonic()
-            renewal.consider(sent_at, time.monotonic())  # nothing answers here; without a connection nothing can be sent
+            # Nothing answers here; without a connection nothing can be sent.
+            renewal.consider(sent_at, time.monotonic(), NO_CONNECTION_SECONDS)
         self._socket.close(linger=0)
 
     def stop(self) -> None:

@@ -31,6 +31,8 @@ DROPS_THAT_MEAN_NO: Final = 8
 
 RENEW_SECONDS: Final = 10.0
 """A peer that was not heard for so long is connected to anew. Longer than heartbeats take to find a dead connection, 8 s at most."""
+NO_CONNECTION_SECONDS: Final = 4.0
+"""The same for a socket that has no connection at all: libzmq tries again at most 3 s after it began to try."""
 BACKLOG: Final = 1024
 """Connections that the kernel keeps for us until they are accepted; a flood of them must not hold up the one that matters."""
 _ADDRESS: Final = re.compile(r"^tcp://[^/]+:\d{1,5}$")
@@ -224,9 +226,9 @@ class Renewal:
         """`where` is the endpoint that the socket is connected to."""
         self._dealer, self._where, self._renewed_at = dealer, where, float("-inf")
 
-    def consider(self, heard_at: float, now: float) -> None:
-        """Connect anew if the peer was last heard, or first waited for, more than RENEW_SECONDS ago; at most once in so long."""
-        if now - max(heard_at, self._renewed_at) <= RENEW_SECONDS:
+    def consider(self, heard_at: float, now: float, patience: float = RENEW_SECONDS) -> None:
+        """Connect anew if the peer was last heard, or first waited for, more than `patience` seconds ago; at most once in so long."""
+        if now - max(heard_at, self._renewed_at) <= patience:
             return
         self._renewed_at = now
         self._dealer.disconnect(self._where)

@@ -46,7 +46,8 @@ class Road:
     """One block of so many arrives with one bit changed, beginning with the next; 0 for none."""
     num_since: int = 0
     """Blocks since `flip_every` was set."""
-    num_flipped: int = 0
+    flipped: list[tuple[float, Channel]] = field(default_factory=list)
+    """Seconds since 1970 at which each bit was changed, and on which channel."""
     free_at: float = 0.0
     passing: dict[Channel, asyncio.Event] = field(default_factory=dict)
 
@@ -229,7 +230,7 @@ class Link:
             if road.flip_every and road.num_since % road.flip_every == 0:
                 place = self._random.randrange(len(data))
                 data = data[:place] + bytes([data[place] ^ 1 << self._random.randrange(8)]) + data[place + 1 :]
-                road.num_flipped += 1
+                road.flipped.append((time.time(), channel))
             road.num_since += 1
             await self._loop.sock_sendall(sink, data)
             if way is Way.DOWN:

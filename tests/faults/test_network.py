@@ -115,7 +115,7 @@ def test_no_fault_of_a_link_loses_or_repeats_a_group_and_the_run_goes_on(site: S
             happening = {peer: fault for peer, fault in zip(links, names, strict=True) if fault}
             rows += _suffer(site, links, happening)
         verdict = site.finish()
-        num_flipped = sum(road.num_flipped for link in links.values() for road in link.roads.values())
+        num_flipped = sum(len(road.flipped) for link in links.values() for road in link.roads.values())
     sys.stdout.write(f"\n{table(rows, verdict)}\n{num_flipped} bits flipped\n")
     assert verdict.findings == []
     assert num_flipped > 0
