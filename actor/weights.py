@@ -27,6 +27,7 @@ log = logging.getLogger("actor")
 ATTEMPTS = 5
 """Ways tried before giving up: one from what is held, the others from nothing."""
 PAUSE_SECONDS = 2.0
+"""Before the third way; twice as long before each further one, half a minute in all, in which the learner may publish another version."""
 
 
 class Arrival(NamedTuple):
@@ -77,7 +78,7 @@ class HeldWeights:
                 failed = str(error)[:1000]
                 self.drop()
                 if attempt > 1:
-                    await asyncio.sleep(self._pause_seconds)
+                    await asyncio.sleep(self._pause_seconds * 2 ** (attempt - 2))
         raise AssertionError("the last attempt returns or raises")
 
     def drop(self) -> None:
