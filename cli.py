@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -273,8 +274,14 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="Keep the metrics and the last checkpoint in this folder.")] = None,
 ) -> None:
     """Train again on the recorded batches, without actors, and compare every version; or, with --set, see what another learner would do."""
-    from protocol.errors import ReplayDiffers
+    from protocol.errors import ConfigError, ReplayDiffers
 
+    named = {"--from": first, "--to": end, "--step": step, "--ranks": ranks, "--tolerance": tolerance, "--out": out}
+    others = named | ({"--actor": actor, "--engine": engine} if broker else {"--set": overrides, "--broker": broker})
+    if (broker or actor is not None) and (given := [name for name, value in others.items() if value]):
+        what = "--broker" if broker else "--actor"
+        raise ConfigError(given[0], others[given[0]], f"says nothing to {what}", "leave one of them out")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started and made is removed
     if broker:
         from deploy.replay_broker import repace_run
 
@@ -291,7 +298,7 @@ def replay(
 
     options = ReplayOptions(first, end, overrides, step, ranks, TOLERANCE if tolerance is None else tolerance, out)
     found = replay_run(run, options, typer.echo)
-    for line in [*summary_lines(found), *(side_by_side(found, first) if overrides else [])]:
+    for line in [*summary_lines(found), *side_by_side(found, first)]:
         typer.echo(line)
 
 

@@ -57,6 +57,10 @@ class Recording:
         # `events` comes last: a fact that is committed meanwhile may be in it and not in the others, never the other way round.
         self.last_lsn = max(last_readable(self.connection, name) for name in sorted(self.tables(), key="events".__eq__))
 
+    def is_at_its_end(self) -> bool:
+        """Whether nothing has come since it was opened or refreshed."""
+        return last_readable(self.connection, "events") <= self.last_lsn
+
     def tables(self) -> list[str]:
         """The tables that have an lsn, by name."""
         return [name for (name,) in self.ask("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'meta' ORDER BY name")]

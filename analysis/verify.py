@@ -19,6 +19,7 @@ from analysis.recount import Recount, Recounter
 from analysis.rows import Unreadable, readable_rows
 from analysis.tables import COLUMNS, TableReader, check_payload, row_of
 from protocol import facts
+from protocol.journal import read_mark
 from protocol.messages import CHUNK_BYTES
 from protocol.weights import BlobRef
 
@@ -114,6 +115,8 @@ class _Pass:
             self._event(lsn, name, body)
         if expected <= self._recording.last_lsn:
             self._damage(expected, self._recording.last_lsn, "are missing, but tables have rows of them")
+        if (marked := read_mark(self._recording.path)) > self._recording.last_lsn and self._recording.is_at_its_end():
+            self._damage(self._recording.last_lsn + 1, marked, "were committed and are not there (the end of the journal is lost)")
         for reader in self._readers.values():
             reader.finish()
         self._tell()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from broker.publications import Publications, Standing
 from protocol import facts
-from protocol.journal import open_read_only, read_facts
+from protocol.journal import check_end, open_read_only, read_facts
 
 
 class Segment(NamedTuple):
@@ -140,6 +140,7 @@ def read_history(path: Path) -> History:
     """The history in a journal. Raises JournalError."""
     connection = open_read_only(path)
     try:
+        check_end(connection, path)
         settings = dict(connection.execute("SELECT key, value FROM meta").fetchall())
         return history_of(settings["run"], settings["config"], (entry.fact for entry in read_facts(connection, path)))
     finally:

@@ -13,9 +13,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-import blake3
+from protocol.journal import MARK_SUFFIX, encode_mark, read_mark
 
-MARK_SUFFIX = "-mark"
 LOG_SUFFIX = "-wal"
 
 
@@ -55,19 +54,4 @@ class JournalFiles:
 
     def read_mark(self) -> int:
         """The last event that is known to have been durable; 0 if nothing is known."""
-        try:
-            return decode_mark(self._mark.read_bytes())
-        except OSError:
-            return 0
-
-
-def encode_mark(lsn: int) -> bytes:
-    """A line with the number and its checksum; always as long, so that one is written over the other."""
-    number = f"{lsn:020d}"
-    return f"{number} {blake3.blake3(number.encode()).hexdigest(length=8)}\n".encode()
-
-
-def decode_mark(data: bytes) -> int:
-    """The number of a mark, 0 if the mark itself is damaged."""
-    number = data[:20]
-    return int(number) if number.isdigit() and data == encode_mark(int(number)) else 0
+        return read_mark(self.path)

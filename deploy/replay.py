@@ -35,7 +35,7 @@ from protocol.messages import NamedBlob
 if TYPE_CHECKING:
     from learner.ranks import Ranks
 
-TOLERANCE = 0.1
+TOLERANCE = 1.0
 """Drift within which versions of another machine, world size or library count as the same run; docs/replay.md says what was seen."""
 NEVER = 1 << 40
 PROGRESS_SECONDS = 5.0

@@ -60,17 +60,23 @@ def _ratio(replay: Replay) -> str:
     if not busy or replay.first > 0 or replay.end < replay.history.num_steps:
         return ""
     ours = sum(result.busy_seconds for result in replay.results)
-    return f" (the learner was busy for {ours:.1f} s; in the run, {busy:.1f} s): {replay.wall_seconds / busy:.2f} of the run's busy time"
+    return f" (the learner was busy for {ours:.1f} s; in the run, {busy:.1f} s): {replay.wall_seconds / busy:.2f} times as long"
 
 
 def side_by_side(replay: Replay, first: int) -> list[str]:
-    """Metrics of the run and of the what-if from step `first` on: means over the first, middle and last tenth, and held-out rewards."""
+    """Metrics of the run and of the replay from step `first` on: means over the first, middle and last tenth, and held-out rewards.
+
+    Empty where there is nothing to compare: every version of the replay was the run's.
+    """
+    if not replay.overrides and all(result.is_exact for result in replay.results):
+        return []
+    head = ("off-policy", "what-if") if replay.overrides else ("", "replayed")
     rows = [row for row in replay.rows if row.step >= first]
     tenth = max(1, len(rows) // 10)
     parts = [rows[:tenth], rows[(len(rows) - tenth) // 2 :][:tenth], rows[-tenth:]]
     lines = [
         _line("means over steps", [cell for part in parts for cell in (f"{part[0].step}-{part[-1].step}", "")]),
-        _line("off-policy", ["recorded", "what-if"] * len(parts)),
+        _line(head[0], ["recorded", head[1]] * len(parts)),
     ]
     for name in COMPARED:
         if any(name in row.metrics for row in rows):

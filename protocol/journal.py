@@ -20,6 +20,8 @@ from protocol.errors import JournalDamaged, JournalError
 from protocol.facts import AnyFact
 
 JOURNAL_NAME: Final = "journal.sqlite"
+MARK_SUFFIX: Final = "-mark"
+"""Of the file beside the journal that says how far it went; see broker/journal_files.py."""
 FORMAT_VERSION: Final = 2
 """What is written. Format 1 has no `sessions`; it is read as it is, and a broker that goes on with such a journal brings it up to date."""
 
@@ -112,6 +114,37 @@ def open_read_only(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def encode_mark(lsn: int) -> bytes:
+    """A line with the number and its checksum; always as long, so that one is written over the other."""
+    number = f"{lsn:020d}"
+    return f"{number} {blake3.blake3(number.encode()).hexdigest(length=8)}\n".encode()
+
+
+def decode_mark(data: bytes) -> int:
+    """The number of a mark, 0 if the mark itself is damaged."""
+    number = data[:20]
+    return int(number) if number.isdigit() and data == encode_mark(int(number)) else 0
+
+
+def read_mark(path: Path) -> int:
+    """The last event of the journal at `path` that is known to have been durable; 0 if nothing is known."""
+    try:
+        return decode_mark(path.with_name(path.name + MARK_SUFFIX).read_bytes())
+    except OSError:
+        return 0
+
+
+def check_end(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise JournalDamaged if the journal ends before its mark. May be asked while the run goes on."""
+    marked = read_mark(path)  # first: the journal only grows
+    try:
+        (last,) = connection.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
+    except UNREADABLE as error:
+        raise JournalDamaged(path, "table events", str(error)) from None
+    if last < marked:
+        raise JournalDamaged(path, f"events {last + 1} to {marked}", "they were committed and are not there")
 
 
 def _how_to_read(path: Path) -> str:

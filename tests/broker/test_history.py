@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from broker.history import History, Segment, history_of
+from pathlib import Path
+
+import pytest
+
+from broker.history import History, Segment, history_of, read_history
+from broker.journal import Journal
 from protocol import facts
+from protocol.config import Config, config_json
+from protocol.errors import JournalDamaged
+from protocol.journal import JOURNAL_NAME, MARK_SUFFIX, encode_mark
 from protocol.weights import PolicyVersion
 
 HERE, THERE = {"torch": "1"}, {"torch": "2"}
@@ -89,3 +97,15 @@ def test_a_version_that_a_later_session_arrived_at_again_is_its_version_too() ->
 def test_what_was_evaluated_and_how_long_the_learner_was_busy_are_kept() -> None:
     history = told(started(0, 0), facts.Evaluated(0, 0.25, 8), stepped(0, lineage=0), facts.LearnerFinished(1, {"busy_seconds": 2.5}))
     assert (history.evaluations, history.busy_seconds) == ({0: 0.25}, 2.5)
+
+
+def test_a_journal_that_ends_before_its_mark_is_no_history(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL_NAME
+    journal = Journal(path, "run", config_json(Config()))
+    journal.append(facts.RunStarted("run", 0), b"", 1.0)
+    journal.commit()
+    journal.close()
+    assert read_history(path).run == "run"
+    path.with_name(path.name + MARK_SUFFIX).write_bytes(encode_mark(7))
+    with pytest.raises(JournalDamaged, match="events 2 to 7: they were committed and are not there"):
+        read_history(path)

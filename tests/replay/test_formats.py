@@ -31,7 +31,7 @@ def test_a_run_of_format_1_replays_elsewhere_within_its_tolerance_and_is_not_cha
     done = cli("replay", str(archived))
     assert done.returncode == 0, done.stderr
     assert "the run did not record what its learner ran on" in done.stdout
-    assert "within a drift of 10.0%" in done.stdout
+    assert "within a drift of 100.0%" in done.stdout
     assert "of 25 versions have the recorded root" in done.stdout or "all 25 versions have the recorded root" in done.stdout
     assert listing(archived) == before
 

@@ -151,7 +151,7 @@ def test_what_if_with_other_settings_trains_otherwise_and_compares_nothing(plain
 def test_the_summary_names_the_runs_busy_time_only_for_a_whole_run_of_one_learner(
     plain_recording: Path, replay: Replaying, make_recording: Callable[..., Path]
 ) -> None:
-    assert "of the run's busy time" in summary_lines(replay(plain_recording)[0])[0]
+    assert "times as long" in summary_lines(replay(plain_recording)[0])[0]
     assert "busy" not in summary_lines(replay(plain_recording, end=5)[0])[0]
     recording = make_recording(Session(dies_after=3), Session(), run={"steps": 5})
     assert "busy" not in summary_lines(replay(recording)[0])[0]

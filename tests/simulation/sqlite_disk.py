@@ -15,7 +15,8 @@ from typing import Any
 
 import apsw
 
-from broker.journal_files import JournalFiles, decode_mark, encode_mark
+from broker.journal_files import JournalFiles
+from protocol.journal import decode_mark, encode_mark
 from tests.simulation.disk import SECTOR, FakeDisk, PowerLost
 
 _numbers = itertools.count()

@@ -12,9 +12,10 @@ from random import Random
 import pytest
 
 from broker.journal import Journal
-from broker.journal_files import JournalFiles, decode_mark, encode_mark
+from broker.journal_files import JournalFiles
 from protocol import facts
 from protocol.errors import JournalCommitFailed, JournalDamaged, JournalError
+from protocol.journal import decode_mark, encode_mark
 from tests.simulation.disk import PLENTY
 from tests.simulation.sqlite_disk import FakeJournalFiles, Machine
 
