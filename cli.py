@@ -40,7 +40,10 @@ def up(
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this directory.")] = None,
     serial: Annotated[bool, typer.Option("--serial", help="All roles in this one process, over in-memory ports.")] = False,
 ) -> None:
-    """Train: prepare the policy, start broker, actors and learner on this machine, and show what happens. Or go on with a run."""
+    """Train: prepare the policy, start broker, actors and learner on this machine, and show what happens. Or go on with a run.
+
+    Exit code 7 if the run that was made breaks a promise, by its journal.
+    """
     from rich.console import Console
 
     from analysis.report import finish_run
@@ -84,8 +87,10 @@ def up(
                     finish_run(run.path)
                     monitor.say(f"what there is: {run.path / 'summary.json'}")
                 raise
-    for line in finish_run(run.path):
+    finished = finish_run(run.path)
+    for line in finished.lines:
         console.print(line, markup=False, soft_wrap=True)
+    finished.check()
 
 
 @app.command()
@@ -243,11 +248,13 @@ def evaluate(
 
 @app.command()
 def report(run: RunOption = None) -> None:
-    """Write a run's summary and plots again from its journal, and print the summary."""
+    """Write a run's summary and plots again from its journal, and print the summary. Exit code 7 if a promise is broken."""
     from analysis.report import finish_run
 
-    for line in finish_run(find_run(run).path):
+    finished = finish_run(find_run(run).path)
+    for line in finished.lines:
         typer.echo(line)
+    finished.check()
 
 
 # --- a run's recording

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from analysis.figures import plot_run
 from analysis.summary import lines, summarize
+from protocol.errors import ConfigError, PromisesBroken
 
 
-def finish_run(run: Path) -> list[str]:
-    """Write summary.json and the plots of the run in a directory; returns the summary as lines. Raises JournalError."""
+class Finished(NamedTuple):
+    """The summary of a run as lines, and the promises that it breaks, in words."""
+
+    run: Path
+    lines: list[str]
+    broken_promises: list[str]
+
+    def check(self) -> None:
+        """Raise PromisesBroken if there are any."""
+        if self.broken_promises:
+            raise PromisesBroken(self.run, self.broken_promises)
+
+
+def finish_run(run: Path) -> Finished:
+    """Write summary.json and the plots of the run in a directory. Raises JournalError, ConfigError if nothing can be written there."""
     summary = summarize(run)
-    (run / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
-    plots = plot_run(run)
-    return [*lines(summary), f"files            {run / 'summary.json'}, {', '.join(plot.name for plot in plots)}"]
+    try:
+        (run / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        plots = plot_run(run)
+    except OSError as error:
+        fix = "make the directory writable for this user, with some free space, or report on a copy; `cli.py inspect` only reads"
+        raise ConfigError("--run", str(run), f"its summary cannot be written there ({error.strerror})", fix) from None
+    files = f"files            {run / 'summary.json'}, {', '.join(plot.name for plot in plots)}"
+    return Finished(run, [*lines(summary), files], summary.broken_promises)

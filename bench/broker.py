@@ -182,6 +182,12 @@ def started(command: list[str], log: Path) -> Iterator[psutil.Process]:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
     try:
         yield psutil.Process(process.pid)
+    except BaseException:
+        code = process.poll()
+        sys.stderr.write(
+            f"the server {'is there' if code is None else f'ended with code {code}'}; its output ends:\n{log.read_text()[-4000:]}\n"
+        )
+        raise
     finally:
         process.terminate()
         try:

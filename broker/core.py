@@ -126,6 +126,7 @@ class Broker:
                 raise JournalDamaged(directory / JOURNAL_NAME, f"event {entry.lsn}", problem) from error
             self.book.observe(entry.fact, now)
         self.ledger.recovered(now)
+        self.book.recovered()
         if self.ledger.versions.anchor is not None:
             self._folds.pin(self.ledger.versions.anchor.delta)
         self._sweep(wall)
@@ -195,7 +196,7 @@ class Broker:
         """Handle one message of a learner session."""
         match message:
             case messages.GetRun():
-                info = messages.RunInfo(PROTOCOL_VERSION, self.run, self._config_json, self._policy_files)
+                info = messages.RunInfo(PROTOCOL_VERSION, self.run, self._config_json, self._policy_files, self.ledger.progress.step)
                 self._send(LEARNER, session, info)
             case messages.LearnerHello():
                 if message.protocol != PROTOCOL_VERSION:

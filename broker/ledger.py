@@ -123,7 +123,7 @@ class Ledger:
             known = None
         if known is None:
             self._record(facts.ActorJoined(event.actor, event.epoch, event.engine, event.host))
-        self.actors[event.actor].seen_at = self._now
+        self.actors[event.actor].is_heard(self._now)
         self._effects.append(ev.WelcomeActor(event.actor, event.epoch, self._acked.get((event.actor, event.epoch), 0)))
         if self.progress.stopping:
             self._send(event.actor, event.epoch, messages.Stop(self.progress.stopping))
@@ -133,7 +133,8 @@ class Ledger:
         if actor is None:
             self._send(event.actor, event.epoch, messages.HelloWanted())
             return
-        actor.seen_at, actor.report = self._now, event.report
+        actor.is_heard(self._now)
+        actor.report = event.report
         actor.version, actor.num_wanted = event.report.version, event.report.num_wanted
         self._send(event.actor, event.epoch, messages.Ack(self._acked.get((event.actor, event.epoch), 0)))
         self._remind(actor)
@@ -176,7 +177,7 @@ class Ledger:
         if present is None:
             self._send(actor, epoch, messages.HelloWanted())
             return False
-        present.seen_at = self._now
+        present.is_heard(self._now)
         acked = self._acked.get((actor, epoch), 0)
         if seq == acked + 1:
             return True
@@ -574,7 +575,7 @@ class Ledger:
     # --- looking --------------------------------------------------------------------------------------------------------------------
 
     def recovered(self, now: float) -> None:
-        """The journal has been applied: whoever was present has a lease from `now`."""
+        """The journal has been applied: whoever was present has a lease from `now`, and has not been heard."""
         self._now = now
         for actor in self.actors.values():
             actor.seen_at = now
@@ -587,7 +588,7 @@ class Ledger:
         held = Counter(ticket.actor or "nobody" for ticket in missing)
         parts = [self.room.shortage] if self.room.shortage else []
         parts += [
-            f"{count} with {name}" + (f" (seen {self._now - self.actors[name].seen_at:.1f} s ago)" if name in self.actors else "")
+            f"{count} with {name}" + (f" ({self.actors[name].when_heard(self._now)})" if name in self.actors else "")
             for name, count in sorted(held.items())
         ]
         unissued = self.pacing.groups_per_batch - self.tickets.num_queued_for_next() - len(missing)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 from protocol.messages import MAX_TEXT, ActorReport
+
+UNHEARD: Final = "not heard since the broker started"
+"""What is known of a peer that was there in an earlier life of the broker."""
 
 
 @dataclass(slots=True)
 class ActorState:
-    """An actor that is present. `seen_at` is the ledger's time of its last sign of life."""
+    """An actor that is present. `seen_at` is the ledger's time from which its lease runs, `heard_at` that of its last message to this broker."""
 
     name: str
     epoch: str
@@ -25,6 +29,15 @@ class ActorState:
     num_wanted: int = 0
     tickets: set[int] = field(default_factory=set)
     report: ActorReport | None = None
+    heard_at: float | None = field(default=None, compare=False)
+
+    def is_heard(self, now: float) -> None:
+        """A message of it has come."""
+        self.seen_at = self.heard_at = now
+
+    def when_heard(self, now: float) -> str:
+        """When it was heard last, in words."""
+        return UNHEARD if self.heard_at is None else f"seen {now - self.heard_at:.1f} s ago"
 
 
 @dataclass(slots=True)

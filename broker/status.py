@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from broker.ledger import Ledger
+from broker.state import UNHEARD
 from protocol import facts, messages
 
 STARTING: Final = "starting"
@@ -39,7 +40,8 @@ class StatusBook:
         self._run, self._num_steps, self._started = run, num_steps, now
         self._rates: dict[str, _Rate] = {}
         self._learner: messages.LearnerReport | None = None
-        self._learner_seen = now
+        self._learner_seen: float | None = None
+        """When this broker heard the learner last."""
         self._delta_bytes = self._full_bytes = 0
 
     def observe(self, fact: facts.AnyFact, now: float) -> None:
@@ -50,6 +52,10 @@ class StatusBook:
             self._full_bytes = fact.full_bytes
             if fact.delta is not None:
                 self._delta_bytes = fact.delta.size
+
+    def recovered(self) -> None:
+        """The facts so far were those of earlier lives: nobody has been heard yet."""
+        self._learner_seen = None
 
     def actor_reported(self, actor: str, report: messages.ActorReport, now: float) -> None:
         """A heartbeat of an actor."""
@@ -107,8 +113,9 @@ class StatusBook:
             tickets=sorted(actor.tickets),
             busy_share=report.busy_seconds / max(report.elapsed_seconds, 1e-9) if report else 0.0,
             tokens_per_second=self._rates[name].per_second if name in self._rates else 0.0,
-            last_seen=now - actor.seen_at,
-            doing=report.doing if report else STARTING,
+            last_seen=now - (self._started if actor.heard_at is None else actor.heard_at),
+            doing=_doing(report, actor.heard_at),
+            was_heard=actor.heard_at is not None,
         )
 
     def _learner_status(self, ledger: Ledger, now: float) -> messages.PeerStatus | None:
@@ -124,8 +131,9 @@ class StatusBook:
             tickets=[],
             busy_share=report.busy_seconds / max(report.elapsed_seconds, 1e-9) if report else 0.0,
             tokens_per_second=0.0,
-            last_seen=now - self._learner_seen,
-            doing=report.doing if report else STARTING,
+            last_seen=now - (self._started if self._learner_seen is None else self._learner_seen),
+            doing=_doing(report, self._learner_seen),
+            was_heard=self._learner_seen is not None,
         )
 
     def _waits(self, ledger: Ledger, now: float) -> list[str]:
@@ -136,10 +144,13 @@ class StatusBook:
         elif learner.waiting_step is not None:
             since = now - learner.waiting_since
             waits.append(f"learner waits for the batch of step {learner.waiting_step}, for {since:.1f} s: {ledger.why_waiting()}")
-        silent = now - self._learner_seen
+        silent = now - (self._started if self._learner_seen is None else self._learner_seen)
         if learner is not None and silent > SILENT_SECONDS and not ledger.progress.ended:
-            doing = self._learner.doing if self._learner else STARTING
-            waits.append(f"everybody waits for the learner, last heard {silent:.0f} s ago: {doing}")
+            if self._learner_seen is None:
+                heard = f"{UNHEARD}, {silent:.0f} s ago"
+            else:
+                heard = f"last heard {silent:.0f} s ago: {_doing(self._learner, self._learner_seen)}"
+            waits.append(f"everybody waits for the learner, {heard}")
         absent = ledger.desired_actors - len(ledger.actors)
         if absent > 0 and not ledger.progress.stopping:
             waits.append(
@@ -148,9 +159,15 @@ class StatusBook:
         for actor in ledger.actors.values():
             if not actor.tickets:
                 version = "a version" if actor.version < 0 else f"a version newer than {actor.version}"
-                seen = f"seen {now - actor.seen_at:.1f} s ago"
-                waits.append(f"{actor.name} waits for a ticket ({seen}); pacing may want {version} first")
+                waits.append(f"{actor.name} waits for a ticket ({actor.when_heard(now)}); pacing may want {version} first")
         return waits
+
+
+def _doing(report: messages.ActorReport | messages.LearnerReport | None, heard_at: float | None) -> str:
+    """What a peer does, by its last report; what is known of it without one."""
+    if report is not None:
+        return report.doing
+    return UNHEARD if heard_at is None else STARTING
 
 
 def _phase(ledger: Ledger) -> str:

@@ -148,8 +148,8 @@ class LocalRun:
 
     def _end_the_silent(self, status: RunStatus, now: float) -> None:
         """End processes that are there and have not been heard for too long, so that they are started again."""
-        seen = {actor.name: actor.last_seen for actor in status.actors}
-        if status.learner is not None and status.learner.doing != STARTING:
+        seen = {actor.name: actor.last_seen for actor in status.actors if actor.was_heard}
+        if status.learner is not None and status.learner.was_heard and status.learner.doing != STARTING:
             seen[LEARNER] = status.learner.last_seen
         for name, child in self._supervisor.children.items():
             if name == BROKER or not child.is_wanted or not self._supervisor.is_running(name):
@@ -166,7 +166,7 @@ class LocalRun:
     def _learner_is_silent(self) -> bool:
         """Whether a stop was asked for, and the learner has given no sign of life for STOP_SECONDS since."""
         learner = self._status.learner if self._status else None
-        if learner is not None and learner.last_seen < STOP_SECONDS:
+        if learner is not None and learner.was_heard and learner.last_seen < STOP_SECONDS:
             self._stop_from = time.monotonic()
         return time.monotonic() - self._stop_from > STOP_SECONDS
 

@@ -129,7 +129,8 @@ def _add_peer(table: Table, peer: PeerStatus, *, is_learner: bool) -> None:
     sampling = "" if is_learner else f"{peer.step}" if peer.version >= 0 else "none yet"
     rate = "" if is_learner else f"{peer.tokens_per_second:.0f}"
     tickets = "" if is_learner else " ".join(map(str, peer.tickets))
-    table.add_row(peer.name, sampling, tickets, rate, f"{peer.busy_share:.0%}", f"{peer.last_seen:.1f} s ago", peer.doing)
+    seen = f"{peer.last_seen:.1f} s ago" if peer.was_heard else f"not since the broker started, {peer.last_seen:.1f} s ago"
+    table.add_row(peer.name, sampling, tickets, rate, f"{peer.busy_share:.0%}", seen, peer.doing)
 
 
 def _tickets(status: RunStatus) -> str:

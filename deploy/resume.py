@@ -16,12 +16,14 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from deploy.rundir import RunDirectory
-from learner.damage import set_aside_damaged
-from protocol.config import Config, overridden
-from protocol.errors import ConfigError
-from protocol.facts import AnyFact, LearnerStarted, RunEnded, RunStopping, StepCommitted
-from protocol.journal import JOURNAL_NAME, open_read_only
+from broker.blobs import BlobStore, file_digest
+from deploy.rundir import RunDirectory, assemble_policy
+from learner.damage import set_aside_ahead, set_aside_damaged
+from protocol.config import Config, overridden, parse_config_json
+from protocol.errors import ConfigError, JournalDamaged
+from protocol.facts import AnyFact, LearnerStarted, RunEnded, RunStarted, RunStopping, StepCommitted
+from protocol.journal import JOURNAL_NAME, UNREADABLE, check_end, has_begun, open_read_only, read_facts
+from protocol.messages import NamedBlob
 
 MAY_CHANGE: Final = ("learner.", "loss.", "actor.", "broker.address")
 STEPS: Final = "run.steps"
@@ -59,12 +61,26 @@ def wanted_actors(run: RunDirectory, overrides: Sequence[str]) -> int | None:
     return run.config().actor.num_actors if named else None
 
 
+@contextlib.contextmanager
+def _recording(run: RunDirectory) -> Iterator[sqlite3.Connection | None]:
+    """The run's journal to read; None if nothing has happened yet. Raises JournalError."""
+    path = run.path / JOURNAL_NAME
+    if not has_begun(path):
+        yield None
+        return
+    with closing(open_read_only(path)) as journal:
+        check_end(journal, path)
+        try:
+            yield journal
+        except (*UNREADABLE, msgspec.DecodeError) as error:
+            raise JournalDamaged(path, "table events", str(error)) from None
+
+
 def look_back(run: RunDirectory) -> Past:
     """What the run in a directory had come to. Raises JournalError."""
-    path = run.path / JOURNAL_NAME
-    if not path.exists():
-        return NOTHING
-    with closing(open_read_only(path)) as journal:
+    with _recording(run) as journal:
+        if journal is None:
+            return NOTHING
         started, ended, stopping, stepped = (_last(journal, kind) for kind in (LearnerStarted, RunEnded, RunStopping, StepCommitted))
     has_ended = ended[0] > started[0]
     is_stopping = has_ended or stopping[0] > ended[0]
@@ -82,6 +98,33 @@ def _last(journal: sqlite3.Connection, kind: type[Any]) -> tuple[int, Any]:
     """Number and content of the last fact of a kind; 0 and None if there is none."""
     row = journal.execute("SELECT lsn, body FROM events WHERE fact = ? ORDER BY lsn DESC LIMIT 1", (kind.__name__,)).fetchone()
     return (0, None) if row is None else (row[0], _decoder.decode(row[1]))
+
+
+def check_recording(run: RunDirectory) -> None:
+    """Read all that has happened, as a broker would. Raises JournalDamaged, with the place."""
+    with _recording(run) as journal:
+        if journal is not None:
+            for _ in read_facts(journal, run.path / JOURNAL_NAME):
+                pass
+
+
+def recorded_config(run: RunDirectory) -> Config | None:
+    """The configuration that the run's broker started with last, by its journal; None if it never has. Raises JournalError."""
+    with _recording(run) as journal:
+        if journal is None:
+            return None
+        _, started = _last(journal, RunStarted)
+        if started is not None and started.config:
+            return parse_config_json(started.config)
+        (config,) = journal.execute("SELECT value FROM meta WHERE key = 'config'").fetchone()
+        return parse_config_json(config)
+
+
+def check_config(run: RunDirectory) -> None:
+    """Raise ConfigError if config.json, which anybody can edit, has changed in what recorded facts rest on. Raises JournalError."""
+    before = recorded_config(run)
+    if before is not None:
+        changes(before, run.config(), look_back(run))
 
 
 def changes(before: Config, after: Config, past: Past) -> dict[str, tuple[object, object]]:
@@ -109,30 +152,48 @@ def _check_change(name: str, old: Any, new: Any, before: Config, past: Past) -> 
             raise ConfigError(name, new, problem, "start a new run from its last checkpoint: policy.path")
         return
     if not name.startswith(MAY_CHANGE):
-        fix = f"leave it out, or start a new run; a run that goes on takes {', '.join(MAY_CHANGE)} and more {STEPS}"
+        fix = f"put {old!r} back, or start a new run; a run that goes on takes {', '.join(MAY_CHANGE)} and more {STEPS}"
         raise ConfigError(name, new, f"cannot change when a run goes on (it is {old!r}): what is recorded rests on it", fix)
 
 
-def change_settings(run: RunDirectory, overrides: Sequence[str], past: Past) -> list[str]:
-    """Apply overrides to a run's configuration and keep the result; what changed, in words. Raises ConfigError, and then changes nothing.
+class Settings(NamedTuple):
+    """The configuration that a run goes on with, and the fields that are not as its broker last had them, with both values."""
 
-    The broker records the configuration in the journal when it starts.
-    """
-    before = run.config()
-    after = overridden(before, overrides)
-    found = changes(before, after, past)
-    if found:
-        run.change_config(after)
-    if "broker.address" in found:
-        (run.path / "broker.json").unlink(missing_ok=True)
-    return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in found.items()]
+    config: Config
+    changed: dict[str, tuple[object, object]]
+
+    def lines(self) -> list[str]:
+        """What changed, in words."""
+        return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in self.changed.items()]
+
+
+def new_settings(run: RunDirectory, overrides: Sequence[str], past: Past) -> Settings:
+    """A run's configuration with overrides. Raises ConfigError for a change that may not be, by them or in the file; JournalError."""
+    before = recorded_config(run) or run.config()
+    after = overridden(run.config(), overrides)
+    return Settings(after, changes(before, after, past))
+
+
+def keep_settings(run: RunDirectory, settings: Settings) -> None:
+    """Go on with these settings. The broker records them in the journal when it starts. Raises ConfigError where nothing can be written."""
+    try:
+        if settings.config != run.config():
+            run.change_config(settings.config)
+        if "broker.address" in settings.changed:
+            (run.path / "broker.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise not_writable(run, error) from None
 
 
 @contextlib.contextmanager
 def sole_supervisor(run: RunDirectory) -> Iterator[None]:
     """Nobody else supervises the run meanwhile; the kernel gives the lock back however this process ends. Raises ConfigError."""
     path = run.path / "up.lock"
-    with path.open("a+") as lock:
+    try:
+        opened = path.open("a+")
+    except OSError as error:
+        raise not_writable(run, error) from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -145,22 +206,56 @@ def sole_supervisor(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def policy_is_there(run: RunDirectory) -> None:
-    """Raise ConfigError if the folder of the run's policy is gone: tokenizer, base and reference come from there."""
-    policy = Path(run.manifest().policy)
-    if not (policy / "config.json").exists():
-        raise ConfigError("policy.path", str(policy), "is gone", "put the policy's folder back there; the run was started from it")
+def not_writable(run: RunDirectory, error: OSError) -> ConfigError:
+    """The error of whoever wants to write in a run's directory and cannot."""
+    name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+    fix = "make the directory writable for this user, or copy it to where it is; `cli.py inspect` only reads"
+    return ConfigError("--run", str(run.path), f"{name} cannot be written there ({error.strerror})", fix)
+
+
+def provide_policy(run: RunDirectory, say: Callable[[str], None]) -> None:
+    """See that the policy's folder is there, and its files among the blobs: each is made from the other. Raises ConfigError.
+
+    Tokenizer, base and reference come from the folder; actors that join get the files from the blobs.
+    """
+    manifest, blobs, folder = run.manifest(), BlobStore(run.path / "blobs"), run.policy()
+    missing = [file for file in manifest.policy_files if blobs.size(file.blob.digest) != file.blob.size]
+    if (folder / "config.json").exists():
+        for file in missing:
+            _link_again(file, folder, blobs)
+            say(f"{file.name} was missing among the run's blobs: linked again from {folder}")
+        return
+    if missing or not manifest.policy_files:
+        which = missing[0].name if missing else "it"
+        fix = "put the policy's folder back there, or copy the run's blobs/ directory whole"
+        raise ConfigError("policy.path", manifest.policy, f"is gone, and {which} is not whole among the run's blobs", fix)
+    assemble_policy(manifest.policy_files, blobs, folder)
+    say(f"the policy's folder {manifest.policy} is gone: put together again in {folder} from the run's blobs")
+
+
+def _link_again(file: NamedBlob, folder: Path, blobs: BlobStore) -> None:
+    """Put a policy's file back among the blobs. Raises ConfigError if the folder has another one."""
+    source = folder / file.name
+    if not source.is_file() or file_digest(source) != file.blob.digest:
+        problem = f"its {file.name} is not the one that the run was started from, and the run's blobs have none"
+        raise ConfigError("policy.path", str(folder), problem, "put that file back there, or copy the run's blobs/ directory whole")
+    blobs.remove(file.blob.digest)  # what is there is cut
+    blobs.link(source)
 
 
 def go_on(run: RunDirectory, overrides: Sequence[str], say: Callable[[str], None]) -> Past | None:
-    """Make a run ready to go on, and say what it had come to; None if there is nothing left to do. Raises ConfigError or JournalError."""
+    """Make a run ready to go on, and say what it had come to; None if there is nothing left to do. Raises ConfigError or JournalError.
+
+    The configuration is changed last: a run that does not go on keeps the one it had.
+    """
+    check_recording(run)
     past = look_back(run)
-    changed = change_settings(run, overrides, past)
-    steps = run.config().run.steps
+    settings = new_settings(run, overrides, past)
+    steps = settings.config.run.steps
     if past.has_ended and past.step >= steps:
         say(f"nothing to do: all {steps} steps are done; --set run.steps=N gives it more")
         return None
-    policy_is_there(run)
+    provide_policy(run, say)
     if past.halted:
         how = f"it was halted ({past.halted})"
     elif past.has_ended:
@@ -170,8 +265,10 @@ def go_on(run: RunDirectory, overrides: Sequence[str], say: Callable[[str], None
     else:
         how = "it was under way" if past.lineage >= 0 else "it had not begun"
     say(f"going on from step {past.step} of {steps}: {how}")
-    for line in changed:
+    for line in settings.lines():
         say(f"changed: {line}")
+    set_aside_ahead(run.checkpoints, past.step, say)
     newest = set_aside_damaged(run.checkpoints, say)
     say(f"newest checkpoint: {newest.name if newest is not None else 'none'}")
+    keep_settings(run, settings)
     return past

@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import msgspec
 
 from broker.blobs import BlobStore
+from broker.recorded_weights import recorded_file
 from protocol.config import Config, config_json, parse_config
 from protocol.errors import ConfigError
 from protocol.messages import NamedBlob
@@ -71,6 +73,11 @@ class RunDirectory:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._damaged("run.json", error) from None
 
+    def policy(self) -> Path:
+        """The folder of the run's policy: where it was, or below the run, where it is put together if that is gone."""
+        given = Path(self.manifest().policy)
+        return given if (given / "config.json").exists() else self.path / "policy"
+
     def _read(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
@@ -107,6 +114,18 @@ def policy_files(folder: Path, blobs: BlobStore) -> list[NamedBlob]:
     """The files of a policy's folder, put in the blob store."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and _FILE_NAME.match(path.name))
     return [NamedBlob(path.name, blobs.link(path)) for path in files]
+
+
+def assemble_policy(files: list[NamedBlob], blobs: BlobStore, folder: Path) -> None:
+    """Put a policy's folder together from the blob store, as links that go with the run. Raises WeightsError for a file that is not whole."""
+    sources = {file.name: recorded_file(blobs, file.blob).resolve() for file in files}
+    partial = folder.with_name(f".{folder.name}.partial")
+    for left_over in (partial, folder):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir()
+    for name, source in sources.items():
+        (partial / name).symlink_to(os.path.relpath(source, partial.resolve()))
+    partial.rename(folder)
 
 
 def is_weights(name: str) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from protocol.errors import ConfigError, RunHalted, SlipstreamError
+from protocol.errors import ConfigError, JournalDamaged, RoleEnded, RunHalted, SlipstreamError
 
 CRASH_LOOP_COUNT = 5
 HEALTHY_SECONDS = 60.0
@@ -26,7 +26,7 @@ MAX_BACKOFF_SECONDS = 30.0
 TAIL_LINES = 15
 PARENT = "--parent"
 """The flag that ties a child to this process; left out of commands.sh, so that its lines can be run by hand."""
-HOPELESS = frozenset({ConfigError.exit_code, RunHalted.exit_code})
+HOPELESS = frozenset({ConfigError.exit_code, RunHalted.exit_code, JournalDamaged.exit_code})
 """Exit codes of errors that a restart cannot mend."""
 
 
@@ -99,7 +99,7 @@ class Supervisor:
         child.exit_code, child.restart_at, child.started_at = None, None, self._monotonic()
 
     def poll(self) -> None:
-        """Notice ends, and restart what is due. Raises SlipstreamError when a child cannot be kept running."""
+        """Notice ends, and restart what is due. Raises RoleEnded when a child cannot be kept running."""
         for child in list(self.children.values()):
             if child.process is not None and child.process.poll() is not None:
                 self._ended(child, child.process.returncode)
@@ -116,7 +116,8 @@ class Supervisor:
         pause = child.crashes.pause(code, now - child.started_at)
         if pause is None:
             times = "" if code in HOPELESS else f", {child.crashes.count} times in a row"
-            raise SlipstreamError(f"{child.name} ended with {what}{times}. Its log says:\n{self.explain(child.name)}")
+            message = f"{child.name} ended with {what}{times}. Its log says:\n{self.explain(child.name)}"
+            raise RoleEnded(message, code if code in HOPELESS else SlipstreamError.exit_code)
         child.restart_at = now + pause
         self._say(f"{child.name}: ended with {what}, starting again in {pause:.1f} s")
 

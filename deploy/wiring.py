@@ -25,6 +25,7 @@ from broker.put_off import SAY_SECONDS
 from broker.room import MIB, reserves
 from deploy.parent import end_now
 from deploy.prepare import CLI
+from deploy.resume import check_config, not_writable
 from deploy.rundir import RunDirectory, is_weights
 from protocol.config import Config, parse_config_json
 from protocol.errors import ConfigError, EngineDied, SlipstreamError
@@ -57,15 +58,27 @@ def make_broker(run: RunDirectory, **beside: Any) -> Broker:
 
 
 def serve_broker(run: RunDirectory, address: str | None) -> None:
-    """Run a broker until it is told to shut down. A broker that is started again listens where it did before."""
+    """Run a broker until it is told to shut down. A broker that is started again listens where it did before.
+
+    Raises ConfigError for a run that has a broker, or whose configuration contradicts its journal; JournalError.
+    """
+    run.manifest()
+    try:
+        opened = (run.path / "broker.lock").open("w")
+    except OSError as error:
+        raise not_writable(run, error) from None
+    with opened as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError("--run", str(run.path), "has a broker already", "use that one, or end it first") from None
+        check_config(run)
+        _serve(run, address)
+
+
+def _serve(run: RunDirectory, address: str | None) -> None:
     from broker.server import Server, Wakeup
 
-    run.manifest()
-    lock = (run.path / "broker.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError("--run", str(run.path), "has a broker already", "use that one, or end it first") from None
     _raise_open_files()
     _wait_for_room(run)
     key, allowed = load_key(run.keys / "broker.key"), allowed_keys(run.keys)
@@ -242,19 +255,27 @@ def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
     """Put what a learner needs (configuration, run id, policy) in `folder`, from the broker alone; what is there is kept.
 
-    The configuration is taken anew each time: a run that goes on may have changed it.
+    The configuration is taken anew each time: a run that goes on may have changed it. Checkpoints after the end of the broker's journal
+    are set aside. Raises ConfigError for a folder of another run.
     """
     from broker.blobs import BlobStore
     from broker.learner_client import LearnerClient
     from deploy.rundir import RunManifest
+    from learner.damage import set_aside_ahead
 
     run = RunDirectory(folder)
     client = LearnerClient(address, key)
     try:
         info = client.run_info()
-        if (folder / "run.json").exists():
+        is_known = (folder / "run.json").exists()
+        if is_known:
+            if (known := run.manifest().run) != info.run:
+                raise ConfigError("--folder", str(folder), f"is of run {known}, the broker's is {info.run}", "give another folder")
             run.change_config(parse_config_json(info.config))
-            return
+            if info.step >= 0:
+                set_aside_ahead(run.checkpoints, info.step, log.error)
+            if (run.policy() / "config.json").exists():
+                return
         policy = folder / "policy"
         policy.mkdir(parents=True, exist_ok=True)
         for file in info.policy_files:
@@ -263,6 +284,8 @@ def fetch_run(address: str, key: KeyFile, folder: Path) -> None:
                 shutil.copyfile(client.fetch(file.blob, BlobStore(folder / "blobs")), target)
     finally:
         client.close()
+    if is_known:
+        return
     manifest = RunManifest(info.run, "", str(policy.resolve()), 0, info.policy_files, {}, {})
     run.create(parse_config_json(info.config), manifest)
 
@@ -285,7 +308,7 @@ def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
     port = LearnerClient(address, key) if ranks.rank == 0 else None
     if port is not None and isinstance(ranks, TorchRanks):
         port.note(lambda: ranks.waits)
-    learner = build_learner(config, run.manifest().run, Path(run.manifest().policy), run.checkpoints, ranks, port, device)
+    learner = build_learner(config, run.manifest().run, run.policy(), run.checkpoints, ranks, port, device)
     learner.run()
     if isinstance(ranks, TorchRanks):
         ranks.close()
@@ -360,9 +383,8 @@ def run_serial(run: RunDirectory) -> None:
             for index in range(max(1, config.actor.num_actors)):
                 actors.append(loop.create_task(_serial_actor(memory.actor_port(f"actor-{index}"), Path(folder), f"actor-{index}")))
             port = memory.learner_port(loop, lambda: _raise_failure(actors))
-            manifest = run.manifest()
             learner = build_learner(
-                config, manifest.run, Path(manifest.policy), run.checkpoints, OneRank(), port, learner_device(config), beside=False
+                config, run.manifest().run, run.policy(), run.checkpoints, OneRank(), port, learner_device(config), beside=False
             )
             learner.run()
             loop.run_until_complete(asyncio.wait_for(asyncio.gather(*actors), 60))

@@ -1,6 +1,7 @@
 """Whether a checkpoint on the disk is what was written, and setting aside one that is not. Imports nothing heavy.
 
-Invariant: a damaged checkpoint is never resumed from and never removed; it is set aside under a name that says so, and whoever asked is told.
+Invariant: a checkpoint that is damaged, or ahead of the journal, is never resumed from and never removed; it is set aside under a name that says
+so, and whoever asked is told.
 """
 
 from __future__ import annotations
@@ -71,14 +72,28 @@ def damage(checkpoint: Path) -> str:
     return f"{changed[0]} is not what was written" if changed else ""
 
 
+def set_aside_ahead(folder: Path, step: int, say: Callable[[str], None]) -> None:
+    """Set checkpoints after `step` aside, where the run's journal ends: no broker lets a learner start from them. Each is told to `say`."""
+    for checkpoint in list_checkpoints(folder):
+        number = checkpoint.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            aside = _set_aside(checkpoint, "ahead")
+            say(f"checkpoint {checkpoint.name} is ahead of the run's journal, which ends at step {step}. It is kept as {aside.name}")
+
+
+def _set_aside(checkpoint: Path, why: str) -> Path:
+    """Rename a checkpoint, so that none is replaced; its new place."""
+    number = len(list(checkpoint.parent.glob(f"{why}-*-{checkpoint.name}")))
+    return checkpoint.rename(checkpoint.with_name(f"{why}-{number}-{checkpoint.name}"))
+
+
 def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> Path | None:
     """Set damaged checkpoints aside until the newest one is sound; that one, or None if there is none. Each is told to `say`."""
     for checkpoint in reversed(list_checkpoints(folder)):
         wrong = damage(checkpoint)
         if not wrong:
             return checkpoint
-        number = len(list(folder.glob(f"damaged-*-{checkpoint.name}")))
-        aside = checkpoint.rename(folder / f"damaged-{number}-{checkpoint.name}")
+        aside = _set_aside(checkpoint, "damaged")
         older = list_checkpoints(folder)
         instead = f"from {older[-1].name}" if older else "from the policy, with the journalled batches again"
         say(f"checkpoint {checkpoint.name} is damaged: {wrong}. It is kept as {aside.name}; going on {instead}")

@@ -27,6 +27,8 @@
     ├── EngineDied               an inference engine is gone; its actor ends and is started again
     ├── CheckpointError          a checkpoint is missing or does not fit the run
     ├── ReplayDiffers            a replay does not arrive at the recorded weights
+    ├── RoleEnded                a process that a run cannot do without has ended for good
+    ├── PromisesBroken           a run's journal contradicts a promise
     └── RunHalted                the run was stopped because going on would be useless
 
 Each message says what happened, with the value, and what to do next.
@@ -232,7 +234,9 @@ class JournalCommitFailed(JournalError):
 
 
 class JournalDamaged(JournalError):
-    """Rows of the journal are not what was written."""
+    """Rows of the journal are not what was written. No restart mends that."""
+
+    exit_code = 8
 
     def __init__(self, path: object, where: str, problem: str) -> None:
         super().__init__(f"journal {path}, {where}: {problem}. Keep the file; the rows before it are intact.")
@@ -278,6 +282,25 @@ class RunHalted(SlipstreamError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"the run was halted: {reason}")
+
+
+class RoleEnded(SlipstreamError):
+    """A supervised process has ended and is not started again. `exit_code` is the process's own where a restart could not have mended it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+class PromisesBroken(SlipstreamError):
+    """A finished run contradicts its promises, as counted again from its journal."""
+
+    exit_code = 7
+
+    def __init__(self, run: object, broken: list[str]) -> None:
+        self.broken = broken
+        count = f"{len(broken)} broken promise{'s' * (len(broken) > 1)}"
+        super().__init__(f"run {run}: {count}, the first: {broken[0]}. Do not use its results; `cli.py inspect verify {run}` says more.")
 
 
 class DescriptorsLost(SlipstreamError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import quote
@@ -103,11 +104,26 @@ UNREADABLE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
 _fact_decoder: Final = msgspec.json.Decoder[AnyFact](AnyFact)
 
 
+def has_begun(path: Path) -> bool:
+    """Whether there is a journal: one whose making was cut off has no tables, and is made anew by the next broker. Raises JournalError."""
+    if path.exists():
+        with closing(_connect(path)) as connection:
+            try:
+                (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            except UNREADABLE as error:
+                raise JournalDamaged(path, "on opening", str(error)) from None
+        if num_tables:
+            return True
+    if marked := read_mark(path):
+        raise JournalDamaged(path, f"events 1 to {marked}", "they were committed and are not there")
+    return False
+
+
 def open_read_only(path: Path) -> sqlite3.Connection:
     """A connection that cannot write, and leaves no file behind. Raises JournalError for a missing file or another format version."""
     if not path.exists():
         raise JournalError(f"there is no journal at {path}. Give the directory of a run.")
-    connection = sqlite3.connect(f"file:{quote(str(path))}?{_how_to_read(path)}", uri=True, timeout=30)
+    connection = _connect(path)
     try:
         format_of(connection, path)
     except BaseException:
@@ -145,6 +161,10 @@ def check_end(connection: sqlite3.Connection, path: Path) -> None:
         raise JournalDamaged(path, "table events", str(error)) from None
     if last < marked:
         raise JournalDamaged(path, f"events {last + 1} to {marked}", "they were committed and are not there")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}?{_how_to_read(path)}", uri=True, timeout=30)
 
 
 def _how_to_read(path: Path) -> str:

@@ -292,12 +292,16 @@ LearnerMessage = GetRun | LearnerHello | NextBatch | GetGroup | CommitStep | Pub
 
 
 class RunInfo(Message, frozen=True):
-    """The run, its resolved configuration as JSON, and every file of the policy it starts from."""
+    """The run, its resolved configuration as JSON, every file of the policy it starts from, and the step at which its journal ends.
+
+    A learner cannot start from a checkpoint after that step.
+    """
 
     protocol: int
     run: Name
     config: str
     policy_files: list[NamedBlob]
+    step: Number = -1
 
 
 class LearnerWelcome(Message, frozen=True):
@@ -465,7 +469,10 @@ class Done(Message, frozen=True):
 
 
 class PeerStatus(Struct, frozen=True):
-    """One actor or learner as the broker sees it. Times are seconds before now."""
+    """One actor or learner as the broker sees it. Times are seconds before now.
+
+    `was_heard` is False for one that this broker knows from its journal alone; `last_seen` is then the broker's own start.
+    """
 
     name: str
     host: str
@@ -477,6 +484,7 @@ class PeerStatus(Struct, frozen=True):
     tokens_per_second: float
     last_seen: float
     doing: str
+    was_heard: bool = True
 
 
 class RunStatus(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from analysis.summary import summarize
 from broker.journal import Journal
 from protocol import facts
 from protocol.config import config_json, parse_config
+from protocol.errors import ConfigError, PromisesBroken
 from protocol.groups import STOPPED, Group, encode_group
 from protocol.weights import BlobRef, PolicyVersion
 
@@ -136,8 +138,9 @@ def test_the_summary_says_what_the_journal_says(tmp_path: Path) -> None:
     assert (summary.publications, summary.publication_bytes, summary.publication_bytes_full) == (2, 20.0, 100)
     assert (summary.learner_busy_share, summary.actor_busy_share) == (0.5, 0.75)
     assert summary.num_sampled_tokens == 12
-    lines = finish_run(tmp_path)
-    assert any("0.250 -> 0.750 (+0.500)" in line for line in lines)
+    finished = finish_run(tmp_path)
+    assert any("0.250 -> 0.750 (+0.500)" in line for line in finished.lines)
+    finished.check()
     assert {path.name for path in tmp_path.iterdir()} >= {"summary.json", "reward.png", "lag.png"}
 
 
@@ -146,3 +149,21 @@ def test_a_journal_of_a_run_that_never_began_has_a_summary_too(tmp_path: Path) -
     summary = summarize(tmp_path)
     assert (summary.steps, summary.outcome, summary.heldout_reward_after) == (0, "not ended", None)
     finish_run(tmp_path)
+
+
+def test_a_run_that_breaks_a_promise_is_an_error_with_its_own_exit_code_and_the_lines(tmp_path: Path) -> None:
+    made = [(fact, data) for fact, data in history() if not isinstance(fact, facts.TicketIssued)]
+    write(tmp_path, made)
+    finished = finish_run(tmp_path)
+    assert any(line.startswith("BROKEN PROMISE") for line in finished.lines)
+    with pytest.raises(PromisesBroken, match=re.escape(f"the first: {finished.broken_promises[0]}")) as caught:
+        finished.check()
+    assert caught.value.exit_code == 7
+
+
+def test_a_directory_where_the_summary_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write(tmp_path, history())
+    (tmp_path / "summary.json").mkdir()  # nobody can open it to write, not even root
+    with pytest.raises(ConfigError, match="its summary cannot be written there") as caught:
+        finish_run(tmp_path)
+    assert caught.value.value == str(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -32,6 +33,13 @@ def test_the_live_view_shows_who_waits_lags_tickets_rewards_and_bytes() -> None:
     wanted += ("50 issued = 4 outstanding + 6 queued + 40 consumed", "1 stale", "1.5 KB of 250.0 KB", "actor-0", "41 42", "1234", "50%")
     for part in (*wanted, "learner (2 ranks)", "training step 10", "learner waits for 3 groups"):
         assert part in text, part
+
+
+def test_whom_nobody_has_heard_is_not_shown_as_seen() -> None:
+    unheard = msgspec.structs.replace(status().actors[0], was_heard=False, last_seen=8.0)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(msgspec.structs.replace(status(), actors=[unheard]), None))
+    assert "not since the broker started, 8.0 s ago" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_plain_lines_come_every_few_seconds_where_there_is_no_terminal() -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from deploy.supervisor import CRASH_LOOP_COUNT, Child, Crashes, Supervisor
-from protocol.errors import SlipstreamError
+from protocol.errors import ConfigError, JournalCommitFailed, JournalDamaged, RoleEnded, RunHalted, SlipstreamError
 
 DEADLINE_SECONDS = 20.0
 
@@ -88,11 +88,21 @@ def test_a_crash_loop_is_given_up_with_the_child_s_own_words(supervisor: Supervi
             supervisor.poll()
 
 
-def test_an_error_that_a_restart_cannot_mend_is_not_tried_again(supervisor: Supervisor) -> None:
-    supervisor.start(Child("actor-0", python("print('error: learner.lr is wrong'); raise SystemExit(2)"), restarts=True))
-    ended(supervisor, "actor-0")
-    with pytest.raises(SlipstreamError, match=r"(?s)exit code 2.*learner.lr is wrong"):
+@pytest.mark.parametrize("error", [ConfigError, RunHalted, JournalDamaged])
+def test_an_error_that_a_restart_cannot_mend_is_not_tried_again(error: type[SlipstreamError], supervisor: Supervisor) -> None:
+    code = error.exit_code
+    supervisor.start(Child("broker", python(f"print('error: the reason'); raise SystemExit({code})"), restarts=True))
+    ended(supervisor, "broker")
+    with pytest.raises(RoleEnded, match=rf"(?s)exit code {code}\..*the reason") as caught:
         supervisor.poll()
+    assert caught.value.exit_code == code
+
+
+def test_a_commit_that_failed_is_tried_again(supervisor: Supervisor) -> None:
+    supervisor.start(Child("broker", python(f"raise SystemExit({JournalCommitFailed.exit_code})"), restarts=True))
+    ended(supervisor, "broker")
+    supervisor.poll()
+    assert supervisor.children["broker"].restart_at is not None
 
 
 def test_a_child_that_gets_on_between_its_deaths_is_never_given_up(supervisor: Supervisor, clock: Clock) -> None:

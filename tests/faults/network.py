@@ -134,7 +134,8 @@ class Site:
         for lsn, at, fact, body in self._journal.execute("SELECT lsn, time, fact, body FROM events WHERE lsn > ? ORDER BY lsn", (begun,)):
             self.events.append(Event(at, fact, msgspec.json.decode(body) | {"lsn": lsn}))
         status = self.status()
-        silent = {LEARNER} if status is not None and any("waits for the learner, last heard" in text for text in status.waits) else set()
+        silence = ("everybody waits for the learner, last heard", "everybody waits for the learner, not heard")
+        silent = {LEARNER} if status is not None and any(text.startswith(silence) for text in status.waits) else set()
         for name in silent - self._is_silent:
             self.silences.setdefault(name, []).append(time.time())
         self._is_silent = silent

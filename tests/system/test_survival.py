@@ -149,7 +149,7 @@ def test_an_error_that_a_restart_cannot_mend_ends_the_run_at_once_with_the_rank_
     start: Callable[..., Any], settings: Callable[..., Any]
 ) -> None:
     run = start(settings(learner={"ranks": 2, "device": "cuda:99"}))
-    assert run.wait() == 1
+    assert run.wait() == 2
     printed = (run.directory.parent / "up.txt").read_text()
     assert "learner ended with exit code 2." in printed
     assert "learner.device = 'cuda:99'" in printed
