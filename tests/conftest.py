@@ -17,7 +17,9 @@ UP_SECONDS = 240
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="the long versions: minutes of random faults, thousands of seeds, a million inputs")
+    parser.addoption(
+        "--soak", action="store_true", help="the long versions: minutes of random faults, thousands of seeds, a million inputs"
+    )
 
 
 @pytest.fixture(scope="session")
