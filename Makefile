@@ -30,9 +30,9 @@ up: install $(if $(filter vllm,$(ENGINE)),vllm)
 test: install vllm
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# The long versions of the fault tests: about half an hour.
+# The long versions of the fault tests: about an hour.
 soak: install vllm
-	$(BIN)/python -m pytest -q --soak tests/faults tests/simulation tests/fuzz tests/system/test_survival.py
+	$(BIN)/python -m pytest -q --soak tests/faults tests/simulation tests/fuzz tests/replay tests/system/test_survival.py
 
 check: install
 	$(BIN)/ruff check .

@@ -20,12 +20,11 @@ import msgspec
 
 from broker.blobs import BlobStore
 from broker.history import History, Segment, read_history
-from broker.recorded_weights import recorded_file
 from broker.replay import Replayed, ReplayPort, ReplayResult, StepRow
 from deploy.local import math_threads
 from deploy.prepare import CLI
 from deploy.replay_report import explain
-from deploy.rundir import RunDirectory
+from deploy.rundir import RunDirectory, assemble_policy
 from deploy.wiring import build_learner, learner_device
 from protocol.config import Config, config_json, overridden, parse_config_json
 from protocol.errors import CheckpointError, ConfigError, ReplayDiffers, SlipstreamError
@@ -105,7 +104,8 @@ def replay_run(directory: Path, options: ReplayOptions, say: Say, launch: Launch
     configs = [_config(segment, options.overrides) for segment in history.segments]
     started = time.monotonic()
     with _folder(options.out) as folder:
-        policy = _policy(directory, policy_files, folder / "policy")
+        policy = folder / "policy"
+        assemble_policy(policy_files, BlobStore(directory / "blobs"), policy)
         first, checkpoint = _start(run, history, options.first)
         say(f"replaying steps {first} to {end - 1} of run {history.run}" + (f", from {checkpoint}" if checkpoint else ", from its policy"))
         if options.overrides:
@@ -157,15 +157,6 @@ def _folder(out: Path | None) -> Iterator[Path]:
         raise ConfigError("--out", str(out), "is there already and not empty", "name a folder that is not there")
     out.mkdir(parents=True, exist_ok=True)
     yield out.resolve()
-
-
-def _policy(directory: Path, files: list[NamedBlob], folder: Path) -> Path:
-    """The policy that the run started from, put together from the recording's own files."""
-    blobs = BlobStore(directory / "blobs")
-    folder.mkdir()
-    for file in files:
-        (folder / file.name).symlink_to(recorded_file(blobs, file.blob).resolve())
-    return folder
 
 
 def _start(run: RunDirectory, history: History, first: int) -> tuple[int, Path | None]:
