@@ -29,7 +29,6 @@ from deploy.wiring import build_learner, learner_device
 from protocol.config import Config, config_json, overridden, parse_config_json
 from protocol.errors import CheckpointError, ConfigError, ReplayDiffers, SlipstreamError
 from protocol.journal import JOURNAL_NAME
-from protocol.messages import NamedBlob
 
 if TYPE_CHECKING:
     from learner.ranks import Ranks
