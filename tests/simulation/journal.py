@@ -118,4 +118,5 @@ def _body(data: bytes, offset: int) -> bytes | None:
         return None
     magic, length, checksum = _HEAD.unpack_from(data, offset)
     body = data[offset + _HEAD.size : offset + _HEAD.size + length]
-    return body if magic == _MAGIC and len(body) == length and zlib.crc32(body) == checksum else None
+    # A torn head whose length and checksum were never written would pass as a record of nothing.
+    return body if magic == _MAGIC and len(body) == length > 0 and zlib.crc32(body) == checksum else None
