@@ -178,14 +178,13 @@ def score(parent: ParentOption = 0) -> None:
 @app.command(hidden=True)
 def prepare(settings: Path, folder: Path) -> None:
     """Train the supervised policy of a configuration into a folder."""
-    import json
 
     from learner.supervised import train_supervised
-    from protocol.config import parse_config
+    from protocol.config import parse_config_json
     from tasks.registry import load_task
 
     start_role(os.getppid())
-    config = parse_config(json.loads(settings.read_text()))
+    config = parse_config_json(settings.read_text())
     task = load_task(config.task.name, config.task.options)
     threads = min(os.cpu_count() or 1, 4)
     train_supervised(task, config.supervised, config.rollout.max_tokens, config.run.seed, threads, folder)

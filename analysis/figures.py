@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from protocol import facts
-from protocol.config import parse_config
+from protocol.config import parse_config_json
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
 
 
@@ -26,7 +25,7 @@ def plot_run(run: Path) -> list[Path]:
         history = [entry.fact for entry in read_facts(connection, path)]
     finally:
         connection.close()
-    max_lag = parse_config(json.loads(config)).pacing.max_lag
+    max_lag = parse_config_json(config).pacing.max_lag
     steps = [fact for fact in history if isinstance(fact, facts.StepCommitted)]
     drawings: dict[str, Callable[[Any, list[facts.StepCommitted], list[facts.AnyFact]], None]] = {"reward.png": _reward, "lag.png": _lag}
     written = []

@@ -5,7 +5,6 @@ Nothing of the ledger is used here: lags are derived a second time, from the ver
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from protocol import facts
-from protocol.config import parse_config
+from protocol.config import parse_config_json
 from protocol.errors import JournalDamaged
 from protocol.groups import decode_group
 from protocol.journal import open_read_only, read_facts, read_payload
@@ -57,7 +56,7 @@ def recount(path: Path) -> Recount:
     connection = open_read_only(path)
     try:
         (config,) = connection.execute("SELECT value FROM meta WHERE key = 'config'").fetchone()
-        counter = Recounter(parse_config(json.loads(config)).pacing, lambda ticket: _versions(path, read_payload(connection, path, ticket)))
+        counter = Recounter(parse_config_json(config).pacing, lambda ticket: _versions(path, read_payload(connection, path, ticket)))
         for entry in read_facts(connection, path):
             counter.add(entry.fact)
     finally:

@@ -36,7 +36,7 @@ from examples.own_task import EvenDigits  # noqa: E402
 from learner.batch import make_batch  # noqa: E402
 from learner.publish import Publisher  # noqa: E402
 from learner.ranks import OneRank  # noqa: E402
-from protocol.config import Config, parse_config  # noqa: E402
+from protocol.config import Config, parse_config, parse_config_json  # noqa: E402
 from protocol.groups import FULL  # noqa: E402
 from protocol.messages import ActorReport, Publish, Published  # noqa: E402
 
@@ -101,7 +101,7 @@ async def act(address: str, key: Path, name: str, token_seconds: float, out: Pat
     report: list[Actor] = []
     idle = ActorReport(-1, 0, [], 0.0, 0.0, 0, "starting")
     welcome = await port.join("timed", lambda: report[0].report() if report else idle)
-    config = parse_config(json.loads(welcome.config))
+    config = parse_config_json(welcome.config)
     report.append(Actor(name, port, engine, EvenDigits(), OneTokenizer(), (0,), config.rollout, welcome.policy_files))
     await report[0].run()
     await asyncio.to_thread(out.write_text, json.dumps([engine.first_tokens, engine.busy_seconds / max(engine.num_groups, 1)]))

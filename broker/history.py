@@ -123,10 +123,6 @@ class History:
         """The number of the version that was the newest when theta_step was there: taken at `step`, or at the last step before with a version."""
         return next((number for at in range(step, -1, -1) if (number := self.version_at(at)) is not None), None)
 
-    def version_steps(self) -> dict[int, int]:
-        """The step of each version."""
-        return {number: publication.version.step for number, publication in self.publications.by_number.items()}
-
 
 def history_of(run: str, config: str, entries: Iterable[facts.AnyFact]) -> History:
     """The history that facts in order tell, of a run that began with `config`."""

@@ -20,7 +20,7 @@ import msgspec
 
 from broker.blobs import BlobStore
 from broker.recorded_weights import recorded_file
-from protocol.config import Config, config_json, parse_config
+from protocol.config import Config, config_json, parse_config_json
 from protocol.errors import ConfigError
 from protocol.messages import NamedBlob
 
@@ -62,7 +62,7 @@ class RunDirectory:
     def config(self) -> Config:
         """The resolved configuration. Raises ConfigError if this is not a run's directory."""
         try:
-            return parse_config(json.loads(self._read("config.json")))
+            return parse_config_json(self._read("config.json"))
         except (ValueError, RecursionError) as error:
             raise self._damaged("config.json", error) from None
 

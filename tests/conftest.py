@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.random_policy import save_random_llama
+
 ROOT = Path(__file__).resolve().parent.parent
 UP_SECONDS = 240
 
@@ -31,30 +33,7 @@ def soak(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a random Llama of 20,000 parameters and a character tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from learner.supervised import character_tokenizer
-
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = character_tokenizer(["0123456789+-= "])
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_llama(tmp_path_factory.mktemp("policy"), hidden_size=32, num_layers=1, num_heads=2)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from protocol.config import parse_config
+from protocol.config import parse_config_json
 from protocol.journal import JOURNAL_NAME, JournalEntry, open_read_only, read_facts
 from protocol.pacing import Pacing
 from tests.faults.records import AnyRecord, read_log
@@ -39,4 +38,4 @@ def read_history(run: Path) -> History:
     logs = {file.name: read_log(file) for file in sorted((run / RECORDS).glob("*.jsonl"))}
     actors = [records for name, records in logs.items() if not name.startswith("learner.")]
     learners = [records for name, records in logs.items() if name.startswith("learner.")]
-    return History(parse_config(json.loads(config)).pacing, entries, payloads, actors, learners)
+    return History(parse_config_json(config).pacing, entries, payloads, actors, learners)

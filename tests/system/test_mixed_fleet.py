@@ -12,38 +12,19 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from broker.sockets import Channel
-from learner.supervised import character_tokenizer
 from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME, open_read_only
 from tests.faults.link import Link, free_port
+from tests.random_policy import save_random_llama
 
 pytestmark = pytest.mark.system
 
 
 def make_policy(folder: Path) -> Path:
     """A random Llama with heads of 32, the least that vLLM serves on the CPU."""
-    tokenizer = character_tokenizer(["0123456789+-= "])
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_llama(folder, hidden_size=64, num_layers=2, num_heads=2)
 
 
 def test_actors_with_transformers_and_with_vllm_work_side_by_side_and_one_has_its_weights_from_the_other(

@@ -15,16 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from broker.pieces import CREDIT
 from broker.publications import ANCHOR_EVERY
 from broker.sockets import Channel
-from learner.supervised import character_tokenizer
 from protocol.facts import GroupAccepted, StepCommitted
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
 from protocol.messages import CHUNK_BYTES
 from tests.faults.link import Link
+from tests.random_policy import save_random_llama
 
 pytestmark = pytest.mark.system
 BYTES_PER_SECOND = 1e6
@@ -56,24 +55,7 @@ class Growth(threading.Thread):
 
 def make_policy(folder: Path) -> Path:
     """A random Llama of 5 million parameters, 10 MB in bf16, with a character tokenizer."""
-    tokenizer = character_tokenizer(["0123456789+-= "])
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_llama(folder, hidden_size=512, num_layers=2, num_heads=8, num_positions=128, dtype=torch.bfloat16)
 
 
 def test_weights_arrive_over_a_slow_link_that_is_cut_twenty_times_and_nobody_is_held_up(
