@@ -21,12 +21,16 @@ STANDING_BYTES: Final = 1 << 16
 UNFINISHED_SECONDS: Final = 30.0
 UNREAD_SECONDS: Final = 10.0
 NUM_STRIKES: Final = 3
+STALLED_SECONDS: Final = 1.0
+MAX_STEP_SECONDS: Final = 0.5
+"""More than this between two looks says that nobody looked, not that libzmq did not read."""
 MAX_KNOCKING: Final = 256
 """Connections without a handshake; a proper one takes milliseconds, so by then newer ones are no worse than older ones."""
 
 TOO_MUCH: Final = "held too much"
 UNFINISHED: Final = "unfinished message"
 UNREAD: Final = "does not read"
+REPLACED: Final = "replaced by another of its name"
 STRUCK: Final = "malformed again and again"
 CROWD: Final = "no room for all"
 KNOCKING: Final = "too many without a handshake"
@@ -35,12 +39,13 @@ TOO_MANY: Final = "too many connections"
 
 class Counts(NamedTuple):
     """Bytes of one connection since it was opened: taken from the kernel by libzmq and from libzmq by the broker, given to libzmq and
-    acknowledged by the peer's kernel."""
+    acknowledged by the peer's kernel; `waiting` are those that have come and that libzmq has not read yet."""
 
     read: int
     delivered: int
     sent: int
     acked: int
+    waiting: int = 0
 
 
 NOTHING: Final = Counts(0, 0, 0, 0)
@@ -60,6 +65,7 @@ class Account:
     _seen_at: float = field(default=-1.0, init=False)
     _in_moved_at: float = field(default=0.0, init=False)
     _out_moved_at: float = field(default=0.0, init=False)
+    _stalled_for: float = field(default=0.0, init=False)
 
     def observe(self, counts: Counts, now: float) -> None:
         """Take in the counts at `now`."""
@@ -72,6 +78,8 @@ class Account:
             self._in_moved_at = now
         if is_first or counts.acked != was.acked or not self.held_out:
             self._out_moved_at = now
+        is_stalled = counts.waiting > 0 and was.waiting > 0 and counts.read == was.read
+        self._stalled_for = self._stalled_for + min(now - self._seen_at, MAX_STEP_SECONDS) if is_stalled else 0.0
         self.counts, self._seen_at = counts, now
 
     @property
@@ -100,6 +108,8 @@ class Account:
             return TOO_MUCH
         if self.num_strikes >= NUM_STRIKES:
             return STRUCK
+        if self._stalled_for > STALLED_SECONDS:
+            return REPLACED  # without a mark for what comes in, libzmq stops reading for no other reason
         if self.held_in > STANDING_BYTES and self._seen_at - self._in_moved_at > UNFINISHED_SECONDS:
             return UNFINISHED
         if self.held_out > STANDING_BYTES and self._seen_at - self._out_moved_at > UNREAD_SECONDS:

@@ -24,7 +24,7 @@ from broker.keys import KeyFile
 from broker.put_off import PutOff
 from broker.server import make_identity
 from broker.session import ActorSession, Result
-from broker.sockets import Channel, Renewal, client_socket, endpoint, wait_connected
+from broker.sockets import Channel, Renewal, client_socket, endpoint, made_connections, wait_connected
 from protocol import codec, messages
 from protocol.errors import BrokerUnreachable, MalformedFrame, PeerError, ProtocolError
 from protocol.groups import MAX_GROUP_BYTES, Group, encode_group
@@ -81,11 +81,13 @@ class ActorClient:
             self._raw.close(linger=0)
             self._context.term()
             raise
+        self._raw_connections = made_connections(self._raw)
         self._socket = zmq.asyncio.Socket.from_socket(self._raw)
+        self._connections = zmq.asyncio.Socket.from_socket(self._raw_connections)
         self._renewal = Renewal(self._socket, endpoint(self._address, Channel.ACTORS))
         self._downloads = Downloads(self._context, self._address, self._key, identity, self._sources)
         self._heard_at = time.monotonic()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._heartbeat())]
+        self._tasks = [asyncio.create_task(loop()) for loop in (self._receive, self._heartbeat, self._go_on)]
         await self._hello()
         await self._until(lambda: bool(self._session.welcome or self._session.put_off), "the welcome", CONNECT_SECONDS)
         await self._until(lambda: self._session.welcome is not None, "the welcome")
@@ -154,6 +156,9 @@ class ActorClient:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._raw.disable_monitor()
+            self._connections.close()
+            self._raw_connections.close()
             self._socket.close(linger=200)
             self._raw.close()
         if self._downloads is not None:
@@ -161,7 +166,7 @@ class ActorClient:
             self._downloads.close()
             self._context.term()
 
-    # --- the two loops
+    # --- the three loops
 
     async def _receive(self) -> None:
         """Consumes messages of the broker; waits for the next; unblocked by the broker; produces changes of the session."""
@@ -220,6 +225,16 @@ class ActorClient:
                 self._failure = BrokerUnreachable(self._address, silent, "any message")
                 async with self._changed:
                     self._changed.notify_all()
+
+    async def _go_on(self) -> None:
+        """Consumes news of a connection made anew; waits for the next; unblocked by libzmq; produces at once what the old one may have lost.
+
+        By the next heartbeat this connection may have gone as well, and one that nobody was heard on is the slowest to be missed.
+        """
+        while True:
+            await self._connections.recv_multipart()
+            await self._resend()
+            self._report_wanted.set()
 
     async def _hello(self) -> None:
         held = self._session.held()

@@ -46,8 +46,9 @@ class Door:
         self.num_drained = 0
         """How often nothing was waiting: whatever came of connections that ended before has been handed over by then."""
         self.strikes: deque[tuple[int, int]] = deque()
-        self.replaced: deque[int] = deque()
-        """Descriptors of connections whose routing id another one has taken: libzmq does not read from them any more."""
+        self.replaced: deque[tuple[int, int]] = deque()
+        """Connections whose routing id another one has taken, so that libzmq does not read from them any more: the descriptor, and its bytes ever by
+        then, which tell them from a later connection of the same number. Those that nobody was heard on are missing; see `Account.verdict`."""
         self._descriptors: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
 
@@ -94,7 +95,7 @@ class Door:
     def _remember(self, identity: bytes, descriptor: int) -> None:
         """Each descriptor has one identity, so there are never more of these than descriptors."""
         if (other := self._descriptors.get(identity, descriptor)) != descriptor:
-            self.replaced.append(other)
+            self.replaced.append((other, self.delivered[other]))
         before = self._identities.get(descriptor)
         if before is not None and before != identity and self._descriptors.get(before) == descriptor:
             del self._descriptors[before]

@@ -29,7 +29,7 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from broker.accounts import Account, Counts, verdicts
+from broker.accounts import REPLACED, Account, Counts, verdicts
 from broker.door import Door
 from broker.limits import room_for_all
 from protocol.errors import DescriptorsLost
@@ -52,7 +52,6 @@ _LAST_DATA_RECEIVED: Final = 52
 _BYTES_ACKED: Final = 120
 """Offsets in the kernel's struct tcp_info; bytes received follow bytes acknowledged."""
 _TCP_ESTABLISHED: Final = 1
-REPLACED: Final = "replaced by another of its name"
 UNDEAD_SECONDS: Final = 2.0
 """A connection that ended so long ago, and that libzmq still has, it has for ever: it does not notice on one whose name was taken."""
 
@@ -204,8 +203,9 @@ class Guard(threading.Thread):
         found = False
         for door in self._doors:
             while door.replaced:
-                connection = self._connections.get(door.replaced.popleft())
-                if connection is not None and connection.door is door and connection.account.counts.delivered > 0:
+                descriptor, delivered = door.replaced.popleft()
+                connection = self._connections.get(descriptor)
+                if connection is not None and connection.door is door and delivered > connection.delivered_before:
                     self._cut(connection, REPLACED)
             while door.strikes:
                 descriptor, weight = door.strikes.popleft()
@@ -263,7 +263,7 @@ class Guard(threading.Thread):
         fcntl.ioctl(connection.duplicate, termios.FIONREAD, unread)
         delivered = connection.door.delivered.get(connection.descriptor, 0) - connection.delivered_before
         sent = connection.door.sent.get(connection.descriptor, 0) - connection.sent_before
-        connection.account.observe(Counts(received - unread[0], delivered, sent, acked), now)
+        connection.account.observe(Counts(received - unread[0], delivered, sent, acked, unread[0]), now)
 
 
 def _handshake_failure(event: int, value: int) -> tuple[str, str]:

@@ -215,6 +215,17 @@ def wait_connected(dealer: zmq.Socket[Any], address: str, channel: Channel, role
     raise BrokerUnreachable(address, seconds, f"the {channel.name.lower()} channel")
 
 
+def made_connections(dealer: zmq.Socket[Any]) -> zmq.Socket[Any]:
+    """A socket on which a message comes for each connection that `dealer` makes from now on; to be closed after `dealer.disable_monitor()`."""
+    where = f"inproc://connections-{id(dealer)}"
+    dealer.monitor(where, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    pair: zmq.Socket[Any] = dealer.context.socket(zmq.PAIR)
+    pair.setsockopt(zmq.RCVHWM, 0)  # libzmq waits, all of it, for whoever does not read these events
+    pair.setsockopt(zmq.LINGER, 0)
+    pair.connect(where)
+    return pair
+
+
 class Renewal:
     """Connects a client's socket anew when its peer has not been heard for long.
 

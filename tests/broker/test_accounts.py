@@ -12,6 +12,8 @@ from broker.accounts import (
     KNOCKING,
     MAX_KNOCKING,
     NUM_STRIKES,
+    REPLACED,
+    STALLED_SECONDS,
     STANDING_BYTES,
     STRUCK,
     TOO_MANY,
@@ -116,6 +118,27 @@ def test_a_peer_that_does_not_take_its_answers_goes_and_one_that_takes_them_slow
         assert judged(slow) == []
         assert judged(deaf) == ([UNREAD] if second > 1 + UNREAD_SECONDS else [])
     assert deaf.held_out == (8 << 20) - 100_000
+
+
+def test_a_connection_that_libzmq_has_stopped_reading_from_goes_and_one_that_it_reads_late_stays() -> None:
+    stalled, late, quiet = opened(), opened(), opened()
+    for look in range(1, 50):
+        now = look / 4
+        stalled.observe(Counts(600, 0, 0, 0, 100), now)
+        late.observe(Counts(600 + look // 4 * 100, 0, 0, 0, 100), now)
+        quiet.observe(Counts(600, 0, 0, 0), now)
+        assert judged(late, quiet) == []
+        assert judged(stalled) == ([REPLACED] if now > 0.25 + STALLED_SECONDS else [])
+
+
+def test_a_process_that_stood_still_does_not_take_that_for_a_connection_that_nobody_reads_from() -> None:
+    account = opened()
+    account.observe(Counts(600, 0, 0, 0, 100), 0.25)
+    account.observe(Counts(600, 0, 0, 0, 100), 60.0)
+    assert judged(account) == []
+    account.observe(Counts(700, 100, 0, 0), 60.25)
+    account.observe(Counts(700, 100, 0, 0, 50), 120.0)
+    assert judged(account) == []
 
 
 def test_three_malformed_messages_are_too_many() -> None:

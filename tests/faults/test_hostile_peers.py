@@ -20,9 +20,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from broker.accounts import KNOCKING, STRUCK, TOO_MUCH
+from broker.accounts import KNOCKING, REPLACED, STRUCK, TOO_MUCH
 from broker.control import ControlClient
-from broker.guard import REPLACED
 from broker.keys import load_key
 from protocol.messages import RunStatus
 from tests.faults import hostile
@@ -118,7 +117,8 @@ class Field:
                 attacker.stdin.close()
                 is_told = True
             assert time.monotonic() < begun + seconds + DEADLINE_SECONDS, (
-                f"the run does not go on, or {counted - _growth(calm, status).keys()} were not turned away"
+                f"the run does not go on, or {counted - _growth(calm, status).keys()} were not turned away: "
+                f"{calm.consumed} groups consumed before, now {status}"
             )
             time.sleep(0.02)  # fifty questions a second
         lasted = time.monotonic() - begun
