@@ -16,9 +16,10 @@ from protocol import facts
 from protocol.errors import ConfigError, InvalidGroup
 from protocol.groups import decode_group
 from protocol.journal import JournalEntry
+from protocol.lag_account import LagAccount
 
 GROUP_HEADER: Final = "ticket try actor              engine             versions    step   lag  tokens  reward outcome"
-BATCH_HEADER: Final = "batch  step used at     tickets         groups  versions    lag  tokens  reward formed (UTC)"
+BATCH_HEADER: Final = "batch  step used at     tickets         groups  versions    lag publish+flight+queued  tokens  reward formed (UTC)"
 
 
 class GroupFilter(msgspec.Struct, frozen=True):
@@ -58,7 +59,10 @@ class GroupRow(msgspec.Struct, frozen=True):
 
 
 class BatchRow(msgspec.Struct, frozen=True):
-    """One batch. `lag` is the largest of its groups at the last step that used it so far."""
+    """One batch. `lag` is the largest of its groups at the last step that used it so far.
+
+    `lag_parts` are the fields of LagParts: the mean over its groups at its first use; empty if the recording does not tell them.
+    """
 
     batch: int
     step: int
@@ -68,6 +72,7 @@ class BatchRow(msgspec.Struct, frozen=True):
     oldest_version: int | None
     newest_version: int | None
     lag: int | None
+    lag_parts: dict[str, float]
     num_tokens: int
     reward: float | None
     consumed: bool
@@ -181,8 +186,9 @@ def group_line(row: GroupRow) -> str:
 
 def list_batches(recording: Recording) -> Iterator[BatchRow]:
     """All batches, in the order they were formed. Raises JournalDamaged."""
-    fates = read_fates(recording)
+    fates, account = read_fates(recording), _lag_account(recording)
     for batch in fates.batches.values():
+        parts = account.at_first_use(batch.number)
         rows = []
         for ticket in batch.tickets:
             rows += recording.ask(
@@ -201,6 +207,7 @@ def list_batches(recording: Recording) -> Iterator[BatchRow]:
             oldest_version=min(oldest, default=None),
             newest_version=max(newest, default=None),
             lag=batch.last_use - min(steps) if steps else None,
+            lag_parts=parts._asdict() if parts else {},
             num_tokens=sum(tokens),
             reward=sum(rewards) / len(rewards) if rewards else None,
             consumed=batch.consumed,
@@ -208,14 +215,22 @@ def list_batches(recording: Recording) -> Iterator[BatchRow]:
         )
 
 
+def _lag_account(recording: Recording) -> LagAccount:
+    account = LagAccount()
+    for entry in recording.facts(facts.TicketIssued, facts.GroupAccepted, facts.BatchFormed, facts.StepCommitted, facts.LearnerStarted):
+        account.add(entry.fact)
+    return account
+
+
 def batch_line(row: BatchRow) -> str:
     """A row under BATCH_HEADER."""
     used = "not yet" if not row.steps else _span(row.steps[0], row.steps[-1]) + (f" +{row.num_repeated}" if row.num_repeated else "")
     reward = "-" if row.reward is None else f"{row.reward:.3f}"
     versions = "-" if row.oldest_version is None else f"{row.oldest_version}..{row.newest_version}"
+    parts = "+".join(f"{part:.1f}" for name, part in row.lag_parts.items() if name != "reuse") or "-"
     return (
         f"{row.batch:>5} {row.step:>5} {used:<11} {_span(min(row.tickets), max(row.tickets)):<15} {len(row.tickets):>6}  {versions:<10} "
-        f"{_or_dash(row.lag):>4} {row.num_tokens:>7} {reward:>7} {moment(row.formed)}"
+        f"{_or_dash(row.lag):>4} {parts:>21} {row.num_tokens:>7} {reward:>7} {moment(row.formed)}"
     )
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from analysis.lengths import WINDOW, Lengths
 from analysis.recount import recount
 from protocol import facts
+from protocol.config import parse_config_json
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
+from protocol.lag_account import LagAccount, LagParts
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -44,6 +47,15 @@ class Summary(msgspec.Struct, frozen=True):
     num_actors_seen: int
     num_sampled_tokens: int
     groups_trained: int
+    lag_parts: dict[str, float]
+    lag_parts_recent: dict[str, float]
+    completion_length_trained: float | None
+    completion_length_dispatched: float | None
+    completion_length_trained_recent: float | None
+    completion_length_dispatched_recent: float | None
+    completion_length_lowest_ratio: float | None
+    tickets_open_without_group: int
+    tickets_ended_without_group: int
 
 
 def summarize(run: Path) -> Summary:
@@ -52,6 +64,7 @@ def summarize(run: Path) -> Summary:
     connection = open_read_only(path)
     try:
         entries = list(read_facts(connection, path))
+        (config,) = connection.execute("SELECT value FROM meta WHERE key = 'config'").fetchone()
         (num_tokens,) = connection.execute("SELECT coalesce(sum(num_tokens), 0) FROM groups").fetchone()
     finally:
         connection.close()
@@ -62,6 +75,10 @@ def summarize(run: Path) -> Summary:
     versions = [fact for fact in history if isinstance(fact, facts.VersionPublished)]
     tenth = max(1, len(rewards) // 10)
     count = recount(path)
+    account, lengths = LagAccount(), Lengths(parse_config_json(config).rollout.group_size)
+    for fact in history:
+        account.add(fact)
+        lengths.add(fact)
     return Summary(
         run=run.resolve().name,
         outcome=_outcome(history),
@@ -93,6 +110,15 @@ def summarize(run: Path) -> Summary:
         num_actors_seen=len({fact.actor for fact in history if isinstance(fact, facts.ActorJoined)}),
         num_sampled_tokens=num_tokens,
         groups_trained=len(count.consumed),
+        lag_parts=_fields(account.total.mean),
+        lag_parts_recent=_fields(account.recent),
+        completion_length_trained=lengths.all.mean_trained,
+        completion_length_dispatched=lengths.all.mean_all,
+        completion_length_trained_recent=lengths.recent.mean_trained,
+        completion_length_dispatched_recent=lengths.recent.mean_all,
+        completion_length_lowest_ratio=lengths.lowest_ratio,
+        tickets_open_without_group=lengths.num_open_without_group,
+        tickets_ended_without_group=lengths.num_ended_without_group,
     )
 
 
@@ -111,12 +137,38 @@ def lines(summary: Summary) -> list[str]:
         f"run              {summary.run}: {summary.outcome}, {summary.steps} steps in {summary.wall_seconds:.0f} s",
         f"held-out reward  {gain}",
         f"lag              largest {summary.largest_lag}, S = {summary.max_lag}; {agree if summary.lags else nothing}",
+        f"lag in parts     {_made_of(summary.lag_parts)}",
         f"tickets          {summary.tickets_issued} issued = {summary.tickets_consumed} consumed + {summary.tickets_expired} expired + "
         f"{summary.tickets_failed} failed + {summary.tickets_void} void + {summary.tickets_open} open",
+        f"lengths          {_lengths(summary)}",
         f"publications     {summary.publications}, mean delta {share}",
         f"busy             learner {_percent(summary.learner_busy_share)}, actors {_percent(summary.actor_busy_share)}",
         *(f"BROKEN PROMISE   {text}" for text in summary.broken_promises),
     ]
+
+
+def _fields(parts: LagParts | None) -> dict[str, float]:
+    return parts._asdict() if parts else {}
+
+
+def _made_of(parts: dict[str, float]) -> str:
+    return f"{LagParts(**parts).in_words()}, mean over groups and steps" if parts else "nothing was trained on"
+
+
+def _lengths(summary: Summary) -> str:
+    """One line about what is lost of the long completions, if any is."""
+    trained, dispatched, lowest = (
+        summary.completion_length_trained,
+        summary.completion_length_dispatched,
+        summary.completion_length_lowest_ratio,
+    )
+    if trained is None or not dispatched:
+        return "nothing was trained on"
+    share = f"{trained / dispatched:.1%}" + (f", lowest over {WINDOW} steps {lowest:.1%}" if lowest is not None else "")
+    return (
+        f"{trained:.1f} tokens a completion trained on, {dispatched:.1f} a completion that came back ({share}); "
+        f"tickets without a group: {summary.tickets_ended_without_group} ended, {summary.tickets_open_without_group} open"
+    )
 
 
 def _percent(share: float | None) -> str:

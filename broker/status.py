@@ -11,6 +11,7 @@ from typing import Final
 from broker.ledger import Ledger
 from broker.state import UNHEARD
 from protocol import facts, messages
+from protocol.lag_account import LagAccount
 
 STARTING: Final = "starting"
 """What a peer is doing that has joined and not reported yet."""
@@ -43,9 +44,11 @@ class StatusBook:
         self._learner_seen: float | None = None
         """When this broker heard the learner last."""
         self._delta_bytes = self._full_bytes = 0
+        self._lags = LagAccount()
 
     def observe(self, fact: facts.AnyFact, now: float) -> None:
         """A fact was recorded, now or in an earlier life of the broker."""
+        self._lags.add(fact)
         if isinstance(fact, facts.LearnerStarted):
             self._learner, self._learner_seen = None, now
         if isinstance(fact, facts.VersionPublished):
@@ -68,7 +71,7 @@ class StatusBook:
     def status(self, ledger: Ledger, now: float) -> messages.RunStatus:
         """The state of the run at `now`."""
         progress, counts = ledger.progress, ledger.tickets.counts
-        newest = ledger.versions.newest
+        newest, parts = ledger.versions.newest, self._lags.recent
         return messages.RunStatus(
             run=self._run,
             phase=_phase(ledger),
@@ -96,9 +99,11 @@ class StatusBook:
             metrics={name: value for name, value in progress.metrics.items() if value is not None},
             evaluations=progress.evaluations[-64:],
             waits=self._waits(ledger, now),
+            notes=progress.notes,
             halted=progress.halted,
             lineage=progress.lineage,
             shortage="" if ledger.room.allows_commits else ledger.room.shortage,
+            lag_parts=parts._asdict() if parts else {},
         )
 
     def _actor(self, ledger: Ledger, name: str, now: float) -> messages.PeerStatus:

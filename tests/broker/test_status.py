@@ -11,6 +11,7 @@ from broker.core import Broker
 from protocol import messages
 from protocol.config import parse_config
 from protocol.messages import PROTOCOL_VERSION
+from tests.analysis.recorded import NUM_PROMPTS, start
 
 HELLO = messages.ActorHello(PROTOCOL_VERSION, "a", "one", "fake", "host", 1, [])
 REPORT = messages.ActorReport(-1, 1, [], 0.0, 1.0, 0, "waiting for a ticket")
@@ -60,3 +61,18 @@ def test_leases_of_those_who_were_there_run_from_the_broker_s_start_all_the_same
     assert list(again.ledger.actors) == ["a"]
     again.tick(100.0 + messages.LEASE_SECONDS + 0.1, 0.0)
     assert not again.ledger.actors
+
+
+def test_the_parts_of_the_lag_are_those_of_the_steps_so_far_and_come_back_with_the_broker(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", 5)
+    assert run.broker.status(run.now).lag_parts == {}, "before the first step"
+    for step in range(3):
+        run.step(step)
+    before = run.broker.status(run.now)
+    mean = sum(lag * count for lag, count in before.lags.items()) / sum(before.lags.values())
+    assert sum(before.lag_parts.values()) == pytest.approx(mean)
+    assert mean > 0
+    run.broker.close()
+    again = Broker(tmp_path / "run", "recorded", run.config, NUM_PROMPTS, [], now=0.0, wall=0.0)
+    assert again.status(0.0).lag_parts == before.lag_parts
+    again.close()
