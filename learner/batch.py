@@ -5,6 +5,7 @@ Sequences of like length run together, so little is padded, and what is padded h
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
     tickets: list[int]
     oldest_steps: list[int]
     facts: dict[str, float]
+    version_tokens: dict[int, int] = {}
+    """How many of its tokens were sampled from the version of each step."""
 
     @property
     def num_tokens(self) -> int:
@@ -66,7 +69,11 @@ def make_batch(received: ReceivedBatch, config: LossConfig) -> Batch:
         for part, gain in zip(group.completions(), group_gains, strict=True)
     ]
     oldest = [_oldest_step(group, received.version_steps) for group in groups]
-    return Batch(received.number, sequences, [group.ticket for group in groups], oldest, _facts(groups, rewards, gains))
+    sampled: Counter[int] = Counter()
+    for group in groups:
+        for number, count in zip(*np.unique(group.versions, return_counts=True), strict=True):
+            sampled[received.version_steps[int(number)]] += int(count)
+    return Batch(received.number, sequences, [group.ticket for group in groups], oldest, _facts(groups, rewards, gains), dict(sampled))
 
 
 def _oldest_step(group: Group, version_steps: dict[int, int]) -> int:

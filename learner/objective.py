@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from learner.stability.quantiles import EDGES
 from protocol.config import LossConfig
 
 MAX_LOG_RATIO = 20.0
@@ -44,6 +45,8 @@ class Objective(NamedTuple):
 
     value: torch.Tensor
     statistics: dict[str, torch.Tensor]
+    ratio_counts: torch.Tensor
+    """How many tokens have their log-ratio in each bin of stability.quantiles; int64 (len(EDGES) + 1,)."""
 
 
 STATISTICS = (
@@ -102,7 +105,14 @@ def objective(logprobs: torch.Tensor, batch: TokenBatch, config: LossConfig) -> 
             "importance_weight": importance * mask,
             "num_truncated": (importance == config.importance_cap) * mask if config.importance_cap else torch.zeros_like(mask),
         }
-    return Objective(value, {name: sums[name].detach().double().sum() for name in STATISTICS})
+        counts = _count_ratios(_spread(log_ratio, mask, config)[mask > 0])
+    return Objective(value, {name: sums[name].detach().double().sum() for name in STATISTICS}, counts)
+
+
+def _count_ratios(log_ratios: torch.Tensor) -> torch.Tensor:
+    """A number that is not one counts as the largest."""
+    edges = torch.tensor(EDGES, dtype=torch.float32, device=log_ratios.device)
+    return torch.bincount(torch.bucketize(log_ratios.float(), edges), minlength=len(EDGES) + 1)
 
 
 def _importance(batch: TokenBatch, config: LossConfig) -> torch.Tensor:

@@ -6,6 +6,7 @@ Invariant: every rank ends a step with the same weights and optimizer state, bec
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from learner.batch import Batch, Microbatch, Sequence, collate, plan_microbatche
 from learner.model import completion_logprobs
 from learner.objective import STATISTICS, TokenBatch, objective, token_weights
 from learner.ranks import Ranks
+from learner.stability.quantiles import EDGES, ratio_quantiles
 from protocol.config import LearnerConfig, LossConfig
 from protocol.errors import RunHalted
 
+Govern = Callable[[float, dict[str, float]], float]
+"""From the learning rate of the schedule and the step's metrics before the update to the learning rate that is used."""
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be not finite."""
 
@@ -61,29 +65,31 @@ class Trainer:
         self._num_skipped = 0
         self._prepared: tuple[int, list[tuple[Microbatch, TokenBatch]]] | None = None
 
-    def apply(self, batch: Batch, step: int) -> dict[str, float]:
-        """Turn theta_step into theta_{step+1} with `batch`; returns the step's metrics, the same on every rank."""
+    def apply(self, batch: Batch, step: int, govern: Govern = lambda lr, _: lr) -> dict[str, float]:
+        """Turn theta_step into theta_{step+1} with `batch`; returns the step's metrics, the same on every rank.
+
+        `govern` has the last word on the learning rate; it must decide alike on every rank. At zero the optimizer's moments stay as they are, too.
+        """
         microbatches = self._microbatches(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(len(STATISTICS) + 2, dtype=torch.float64, device=self.device)
+        names = (*STATISTICS, "objective", "entropy")
+        totals = torch.zeros(len(names) + len(EDGES) + 1, dtype=torch.float64, device=self.device)
         for micro, tokens in microbatches:
             logprobs, entropy = completion_logprobs(self.model, micro, self._temperature)
             result = objective(logprobs, tokens, self._loss)
             (-result.value).backward()  # type: ignore[no-untyped-call]
-            totals += torch.stack(
-                [*(result.statistics[name].to(self.device) for name in STATISTICS), result.value.detach().double(), entropy.double()]
-            )
+            sums = torch.stack([*(result.statistics[name] for name in STATISTICS), result.value.detach().double(), entropy.double()])
+            totals += torch.cat([sums, result.ratio_counts.double()])
         self._ranks.sum_(totals)
-        grad_norm = self._sum_gradients()
-        lr = learning_rate(self._config, step, self._num_steps)
+        found = totals.tolist()
+        metrics = _metrics(dict(zip(names, found, strict=False))) | ratio_quantiles(found[len(names) :])
+        metrics["grad_norm"] = self._sum_gradients()
+        metrics["lr"] = govern(learning_rate(self._config, step, self._num_steps), metrics)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self._update(grad_norm)
-        return _metrics(dict(zip((*STATISTICS, "objective", "entropy"), totals.tolist(), strict=True))) | {
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "update_skipped": float(self._num_skipped > 0),
-        }
+            group["lr"] = metrics["lr"]
+        if metrics["lr"] > 0:
+            self._update(metrics["grad_norm"])
+        return metrics | {"update_skipped": float(self._num_skipped > 0)}
 
     def _update(self, grad_norm: float) -> None:
         """Apply the summed gradient, unless it is not finite; every rank decides alike. Raises RunHalted when that does not pass."""

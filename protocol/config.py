@@ -58,6 +58,8 @@ class SupervisedConfig(_Section):
     max_steps: int = Field(6000, ge=1)
     batch_size: int = Field(256, ge=1)
     lr: float = Field(1e-3, gt=0)
+    seed: int | None = Field(None, ge=0)
+    """Default: the run's. Runs with other seeds start from the same policy if this is set."""
 
 
 class PolicyConfig(_Section):
@@ -181,6 +183,21 @@ class LossConfig(_Section):
     is weighted by min(learner / actor, cap). Without it ratios are taken against the actor's log-probabilities."""
 
 
+class StabilityConfig(_Section):
+    """Where a run stands between too stale and too fast, and what is done about it; see docs/stability.md."""
+
+    calibration: str | None = None
+    """A file that `advise --write` made from runs like this one; in a run's own configuration its content. Without it the region is unknown,
+    and only signs of a collapse are told."""
+    governor: Literal["off", "warn", "hold"] = "warn"
+    """off: measure only. warn: say when the run leaves the region. hold: keep the learning rate inside it."""
+    rule: Literal["region", "sqrt-ess"] = "region"
+    """What hold goes by. region: the two-constraint rule (Eq. 37), which needs a calibration. sqrt-ess: the learning rate times the square root
+    of the effective sample size (VCPO), which needs none."""
+    on_collapse: Literal["continue", "stop", "rollback"] = "stop"
+    """When the reward has gone to zero and stays there: go on, end the run, or go back to the last good checkpoint with a lower learning rate."""
+
+
 class BrokerConfig(_Section):
     """The broker."""
 
@@ -199,6 +216,7 @@ class Config(_Section):
     actor: ActorConfig = ActorConfig()
     learner: LearnerConfig = LearnerConfig()
     loss: LossConfig = LossConfig()
+    stability: StabilityConfig = StabilityConfig()
     broker: BrokerConfig = BrokerConfig()
 
     @model_validator(mode="after")
@@ -222,6 +240,11 @@ class Config(_Section):
         return self
 
     @property
+    def staleness(self) -> int:
+        """S as the paper's rule (37) counts it: the lag of a queue, the number of uses of a reused batch (whose last lag is one less)."""
+        return self.policy.lag_bound + (1 if self.policy.reuse > 1 else 0)
+
+    @property
     def pacing(self) -> Pacing:
         """The numbers the ledger works with."""
         return Pacing(
@@ -235,15 +258,19 @@ class Config(_Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a TOML file, with `section.field=value` overrides applied. Raises ConfigError."""
+    """The configuration in a TOML file (or JSON, by its name), with `section.field=value` overrides applied. Raises ConfigError."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
             "config file", str(path), f"cannot be read ({error.strerror})", "give the path of a TOML file, see examples/"
         ) from None
     except (ValueError, RecursionError) as error:  # beside its own error, tomllib lets through those of numbers and nesting without end
-        raise ConfigError("config file", str(path), f"is not valid TOML ({error})", "mend the line it names") from None
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError("config file", str(path), f"is not valid {kind} ({error})", "mend the line it names") from None
+    if not isinstance(data, dict):
+        raise ConfigError("config file", str(path), "is not an object of sections", 'write {"run": {...}, ...}, as in a run\'s config.json')
     for override in overrides:
         _override(data, override)
     return parse_config(data)
