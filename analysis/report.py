@@ -9,7 +9,8 @@ import msgspec
 
 from analysis.figures import plot_run
 from analysis.summary import lines, summarize
-from protocol.errors import ConfigError, PromisesBroken
+from learner.stability.monitor import COLLAPSED
+from protocol.errors import Collapsed, ConfigError, PromisesBroken
 
 
 class Finished(NamedTuple):
@@ -18,11 +19,15 @@ class Finished(NamedTuple):
     run: Path
     lines: list[str]
     broken_promises: list[str]
+    collapse: str = ""
+    """How the policy collapsed, if the run was ended for it."""
 
     def check(self) -> None:
-        """Raise PromisesBroken if there are any."""
+        """Raise PromisesBroken if there are any, Collapsed if the run ended by a collapse."""
         if self.broken_promises:
             raise PromisesBroken(self.run, self.broken_promises)
+        if self.collapse:
+            raise Collapsed(self.run, self.collapse)
 
 
 def finish_run(run: Path) -> Finished:
@@ -35,4 +40,5 @@ def finish_run(run: Path) -> Finished:
         fix = "make the directory writable for this user, with some free space, or report on a copy; `cli.py inspect` only reads"
         raise ConfigError("--run", str(run), f"its summary cannot be written there ({error.strerror})", fix) from None
     files = f"files            {run / 'summary.json'}, {', '.join(plot.name for plot in plots)}"
-    return Finished(run, [*lines(summary), files], summary.broken_promises)
+    collapse = summary.outcome if summary.outcome.startswith(COLLAPSED) else ""
+    return Finished(run, [*lines(summary), files], summary.broken_promises, collapse)

@@ -213,7 +213,7 @@ class Broker:
                 else:
                     self._groups.append(Outgoing(LEARNER, session, messages.GroupData(message.ticket), group))
             case messages.CommitStep():
-                self._handle(ev.StepDone(session, message.step, message.batch, message.lags, message.metrics), now, wall)
+                self._handle(ev.StepDone(session, message.step, message.batch, message.lags, message.metrics, message.notes), now, wall)
             case messages.Publish():
                 self._publish(session, message, now, wall)
             case messages.Evaluation():

@@ -92,6 +92,7 @@ class StepDone(Struct, frozen=True):
     batch: int
     lags: list[int]
     metrics: dict[str, float]
+    notes: list[messages.Note] = []
 
 
 class VersionReady(Struct, frozen=True):

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,8 +102,8 @@ class LearnerClient:
         self._uncommitted.clear()
         return ReceivedBatch(ready.batch, self._fetch_groups(ready.tickets), ready.version_steps)
 
-    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
-        self._uncommitted[step] = messages.CommitStep(step, batch, lags, metrics)
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float], notes: Sequence[messages.Note] = ()) -> None:
+        self._uncommitted[step] = messages.CommitStep(step, batch, lags, metrics, list(notes))
         self._activity.step = step + 1
 
     def put_blob(self, data: bytes) -> BlobRef:

@@ -17,7 +17,7 @@ from collections import Counter
 from broker import events as ev
 from broker.publications import Publications, Standing
 from broker.room import PLENTY
-from broker.state import ActorState, LearnerState, Progress, brief, finite
+from broker.state import NUM_NOTES, ActorState, LearnerState, Progress, brief, finite
 from broker.tickets import State, Ticket, TicketTable
 from protocol import facts, messages
 from protocol.messages import HEARTBEAT_SECONDS, LEASE_SECONDS, WireTicket
@@ -383,10 +383,13 @@ class Ledger:
             return
         lags = [event.step - oldest for oldest in batch.oldest_steps]
         self._record(facts.StepCommitted(event.step, event.batch, self.progress.lineage, lags, finite(event.metrics)))
+        for note in event.notes:
+            self._record(facts.LearnerNoted(event.step, note.kind, note.text, finite(note.values)))
+            if note.ends_run:
+                self._stop(note.text)
         if lags != event.lags or max(lags) > self.pacing.max_lag:
-            self._halt(
-                f"lags at step {event.step} are {lags} by the ledger and {event.lags} by the learner, max_lag is {self.pacing.max_lag}"
-            )
+            counted = f"lags at step {event.step} are {lags} by the ledger and {event.lags} by the learner"
+            self._halt(f"{counted}, max_lag is {self.pacing.max_lag}")
         self._answer(event.session, messages.Committed(event.step))
 
     def _version_ready(self, event: ev.VersionReady) -> None:
@@ -467,8 +470,6 @@ class Ledger:
             self._close("")
         self._answer(event.session, messages.Goodbye())
 
-    # ends
-
     def _stop(self, reason: str) -> None:
         if self.progress.stopping:
             return
@@ -541,16 +542,17 @@ class Ledger:
                     self.tickets.consume(fact.batch)
             case facts.Evaluated():
                 progress.evaluations.append((fact.step, fact.reward))
+            case facts.LearnerNoted():
+                progress.notes = [*progress.notes, (fact.step, fact.text)][-NUM_NOTES:]
             case facts.VersionPublished():
                 self.versions.add(fact)
             case facts.VersionAnchored():
                 self.versions.set_anchor(fact)
             case facts.DeltasDropped():
                 self.versions.drop(fact)
-            case facts.VersionReproduced():
-                self.versions.by_number[fact.number].standing = Standing.GOOD
-            case facts.VersionOrphaned():
-                self.versions.by_number[fact.number].standing = Standing.ORPHANED
+            case facts.VersionReproduced() | facts.VersionOrphaned():
+                is_good = isinstance(fact, facts.VersionReproduced)
+                self.versions.by_number[fact.number].standing = Standing.GOOD if is_good else Standing.ORPHANED
             case facts.LearnerStarted():
                 progress.lineage, progress.step = fact.lineage, fact.step
                 if progress.ended:  # a run that had ended goes on; a run that is being stopped keeps stopping

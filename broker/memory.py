@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -198,8 +198,8 @@ class MemoryLearnerPort:
         self._memory.from_learner(self.session, messages.GetGroup(ticket))
         return next(payload for message, payload in self._take() if isinstance(message, messages.GroupData))
 
-    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
-        self._ask(messages.CommitStep(step, batch, lags, metrics), messages.Committed)
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float], notes: Sequence[messages.Note] = ()) -> None:
+        self._ask(messages.CommitStep(step, batch, lags, metrics, list(notes)), messages.Committed)
 
     def confirm(self) -> None:
         pass

@@ -8,7 +8,7 @@ Nothing is written to the run's directory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import blake3
@@ -162,7 +162,7 @@ class ReplayPort:
         assert payload is not None, "a batch is formed of groups in the journal"
         return payload
 
-    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float], notes: Sequence[messages.Note] = ()) -> None:
         del batch
         if step in self._history.steps:  # a run may have been ended in the middle of a batch; the learner finishes what it has begun
             self.result.end = step + 1

@@ -62,10 +62,15 @@ class Progress:
     refused: Counter[str] = field(default_factory=Counter)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    """The last NUM_NOTES of the learner: step and text."""
     summary: dict[str, float | None] = field(default_factory=dict)
     stopping: str = ""
     ended: bool = False
     halted: str = ""
+
+
+NUM_NOTES = 8
 
 
 def finite(figures: dict[str, float]) -> dict[str, float | None]:

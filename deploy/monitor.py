@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from protocol.lag_account import NUM_RECENT, LagParts
 from protocol.messages import PeerStatus, RunStatus
 
 PLAIN_SECONDS = 5.0
@@ -43,6 +44,7 @@ class Monitor:
         self._printed_at = -PLAIN_SECONDS
         self._printed_step = -1
         self._moved_step, self._moved_at, self._waits_at = -1, 0.0, 0.0
+        self._told: list[tuple[int, str]] = []
 
     def __enter__(self) -> Monitor:
         if self._live is not None:
@@ -66,7 +68,15 @@ class Monitor:
         elif status.step != self._printed_step and status.elapsed_seconds - self._printed_at >= PLAIN_SECONDS:
             self._printed_at, self._printed_step = status.elapsed_seconds, status.step
             self.say(plain_line(status, left))
+        self._show_notes(status)
         self._show_waits(status)
+
+    def _show_notes(self, status: RunStatus) -> None:
+        """What the learner noted since it was looked at last, as lines that stay."""
+        for note in status.notes:
+            if note not in self._told:
+                self.say(f"step {note[0]}: {note[1]}")
+        self._told = list(status.notes)
 
     def _show_waits(self, status: RunStatus) -> None:
         """A line that stays about a run that stands still, on a terminal and elsewhere."""
@@ -81,13 +91,13 @@ class Monitor:
 
 def plain_line(status: RunStatus, left: float | None) -> str:
     """One line about the run."""
-    metrics = status.metrics
     parts = [
         f"step {status.step}/{status.num_steps}",
         f"left {_duration(left)}",
         f"reward {_reward(status)}",
         f"held-out {_heldout(status)}",
-        f"lag {metrics.get('lag_mean', 0):.1f} (largest {status.largest_lag}, S {status.max_lag})",
+        f"{_lag(status)} (largest {status.largest_lag}, S {status.max_lag})",
+        stability(status),
         f"tickets {status.outstanding} out, {status.queued} queued, {status.consumed} consumed",
         f"{sum(actor.tokens_per_second for actor in status.actors):.0f} tokens/s",
         f"delta {_size(status.delta_bytes)} of {_size(status.full_bytes)}",
@@ -110,6 +120,11 @@ def render(status: RunStatus, left: float | None) -> RenderableType:
     top.add_row("reward", f"training {_reward(status)}   held-out {_heldout(status)}")
     shares = "  ".join(f"{lag}: {count}" for lag, count in status.lags.items()) or "nothing trained on yet"
     top.add_row("lag", f"groups trained on at each lag: {shares}   (S = {status.max_lag}, largest {status.largest_lag})")
+    if status.lag_parts:
+        top.add_row("", f"{_lag(status)}, mean over the last {NUM_RECENT} steps")
+    top.add_row("stability", stability(status))
+    for step, text in status.notes[-3:]:
+        top.add_row("", Text(f"step {step}: {text}", style="yellow"))
     top.add_row("tickets", _tickets(status))
     top.add_row("weights", f"version of step {status.newest_step}, {_size(status.delta_bytes)} of {_size(status.full_bytes)} sent")
     if status.turned_away:
@@ -139,6 +154,26 @@ def _tickets(status: RunStatus) -> str:
         f"{status.issued} issued = {status.outstanding} outstanding + {status.queued} queued + {status.consumed} consumed"
         f" + {status.expired} expired + {status.failed} failed + {status.void} void" + (f"   refused: {refused}" if refused else "")
     )
+
+
+def _lag(status: RunStatus) -> str:
+    """The lag of late and its parts; its mean at the last step, from a broker that does not tell them."""
+    return LagParts(**status.lag_parts).in_words() if status.lag_parts else f"lag {status.metrics.get('lag_mean', 0):.1f}"
+
+
+def stability(status: RunStatus) -> str:
+    """Where the run stands on S x learning rate: the nearer constraint, the steps left, how straight it drifts."""
+    found = status.metrics
+    margins = {name: found[f"margin_{name}"] for name in ("batch", "horizon") if f"margin_{name}" in found}
+    binding = min(margins, key=lambda name: margins[name], default=None)
+    parts = ["margin unknown" if binding is None else f"margin {margins[binding]:.2g}x ({binding})"]
+    if "steps_left" in found:
+        parts.append(f"{found['steps_left']:.0f} steps left at this learning rate")
+    if "drift_exponent" in found:
+        parts.append(f"drift ~ t^{found['drift_exponent']:.2f}")
+    if "drift" in found:
+        parts.append(f"{found['drift']:.3g} from what sampled")
+    return ", ".join(parts)
 
 
 def _reward(status: RunStatus) -> str:

@@ -26,6 +26,7 @@ from deploy.prepare import CLI
 from deploy.replay_report import explain
 from deploy.rundir import RunDirectory, assemble_policy
 from deploy.wiring import build_learner, learner_device
+from learner.rollback import recorded_in, write_rollbacks
 from protocol.config import Config, config_json, overridden, parse_config_json
 from protocol.errors import CheckpointError, ConfigError, ReplayDiffers, SlipstreamError
 from protocol.journal import JOURNAL_NAME
@@ -117,6 +118,7 @@ def replay_run(directory: Path, options: ReplayOptions, say: Say, launch: Launch
                     history.run, str(directory.resolve()), str(policy), str(place), options.first, min(segment.end, end), config_json(config),
                     Replayed(not options.overrides, options.tolerance), options.stepping,
                 )  # fmt: skip
+                write_rollbacks(place / "checkpoints", recorded_in(segment.environment))
                 checkpoint = _replay_segment(plan, checkpoint, options.num_ranks or segment.world_size, launch, replay)
                 if replay.results[-1].end < plan.end:  # it differs, or a person has quit
                     break
@@ -177,7 +179,6 @@ def _replay_segment(plan: RankPlan, checkpoint: Path | None, num_ranks: int, lau
     """Replay one segment; the checkpoint it ended with."""
     folder = Path(plan.folder)
     checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True)
     if checkpoint is not None:
         (checkpoints / checkpoint.name).symlink_to(checkpoint)
     (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
@@ -200,8 +201,9 @@ def _config(segment: Segment, overrides: list[str]) -> Config:
                 "--set", override, "cannot be changed: the recorded data were made with it", "change fields of [learner] or [loss]"
             )
     config = overridden(parse_config_json(segment.config), overrides)
-    # The only checkpoint that matters is the last one, and that is written in any case.
-    return config.model_copy(update={"learner": config.learner.model_copy(update={"checkpoint_every": NEVER})})
+    # The only checkpoint that matters is the last one, and that is written in any case. What the run did about a collapse, its sessions tell.
+    learner = config.learner.model_copy(update={"checkpoint_every": NEVER})
+    return config.model_copy(update={"learner": learner, "stability": config.stability.model_copy(update={"on_collapse": "continue"})})
 
 
 def _write_metrics(path: Path, replay: Replay) -> None:

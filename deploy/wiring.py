@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import itertools
 import logging
@@ -297,6 +298,7 @@ def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
     from broker.learner_client import LearnerClient
     from learner.damage import set_aside_damaged
     from learner.ranks import OneRank, TorchRanks, under_torchrun
+    from learner.rollback import RolledBack
 
     config = run.config()
     device = learner_device(config)
@@ -305,11 +307,14 @@ def run_learner_rank(run: RunDirectory, address: str, key: KeyFile) -> None:
     if ranks.rank == 0:
         set_aside_damaged(run.checkpoints, log.error)
     ranks.barrier()
-    port = LearnerClient(address, key) if ranks.rank == 0 else None
-    if port is not None and isinstance(ranks, TorchRanks):
-        port.note(lambda: ranks.waits)
-    learner = build_learner(config, run.manifest().run, run.policy(), run.checkpoints, ranks, port, device)
-    learner.run()
+    is_done = False
+    while not is_done:
+        port = LearnerClient(address, key) if ranks.rank == 0 else None
+        if port is not None and isinstance(ranks, TorchRanks):
+            port.note(lambda: ranks.waits)
+        with contextlib.suppress(RolledBack):
+            build_learner(config, run.manifest().run, run.policy(), run.checkpoints, ranks, port, device).run()
+            is_done = True
     if isinstance(ranks, TorchRanks):
         ranks.close()
 
@@ -330,6 +335,7 @@ def build_learner(
     from transformers import AutoTokenizer
 
     from learner.loop import Learner
+    from learner.stability.files import calibration_of
     from tasks.registry import load_task
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -344,6 +350,7 @@ def build_learner(
         ranks=ranks,
         port=port,
         device=device,
+        calibration=calibration_of(config),
         **how,
     )
 
@@ -370,6 +377,7 @@ def run_serial(run: RunDirectory) -> None:
     """The whole loop in one process and one event loop, over the in-memory ports: for debugging, and to compare with."""
     from broker.memory import MemoryBroker
     from learner.ranks import OneRank
+    from learner.rollback import RolledBack
 
     config = run.config()
     if config.learner.ranks != 1:
@@ -382,11 +390,12 @@ def run_serial(run: RunDirectory) -> None:
         with tempfile.TemporaryDirectory(prefix="slipstream-policy-") as folder:
             for index in range(max(1, config.actor.num_actors)):
                 actors.append(loop.create_task(_serial_actor(memory.actor_port(f"actor-{index}"), Path(folder), f"actor-{index}")))
-            port = memory.learner_port(loop, lambda: _raise_failure(actors))
-            learner = build_learner(
-                config, run.manifest().run, run.policy(), run.checkpoints, OneRank(), port, learner_device(config), beside=False
-            )
-            learner.run()
+            is_done, device = False, learner_device(config)
+            while not is_done:
+                port = memory.learner_port(loop, lambda: _raise_failure(actors))
+                with contextlib.suppress(RolledBack):
+                    build_learner(config, run.manifest().run, run.policy(), run.checkpoints, OneRank(), port, device, beside=False).run()
+                    is_done = True
             loop.run_until_complete(asyncio.wait_for(asyncio.gather(*actors), 60))
     finally:
         for task in actors:

@@ -52,18 +52,22 @@ def save_checkpoint(
     tokenizer: Any,
     ranks: Ranks,
     *,
+    beside: Callable[[Path], None] = lambda folder: None,
+    beside_bytes: int = 0,
+    keep: Path | None = None,
     wait: Callable[[str], None],
     free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> None:
     """Write the checkpoint of theta_step below `folder` and remove old ones; called on every rank, done when it returns.
 
+    `beside` writes what else belongs in it, `beside_bytes` in all; `keep` is an old one not to be removed.
     `published_step` is the step of the version published last. While the disk has no room (`free` says how many bytes), `wait` is called on
     rank 0 with the reason, and lets a second pass; it may raise to end the wait.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
     state = CheckpointState(run, step, published.version)
-    needed = bytes_needed(trainer, with_published=published_step != step)
+    needed = bytes_needed(trainer, with_published=published_step != step) + beside_bytes
     is_written = final.exists() if ranks.rank == 0 else False
     while ranks.broadcast(bytes([is_written]) if ranks.rank == 0 else None) == b"\x00":
         if ranks.rank == 0:
@@ -73,12 +77,12 @@ def save_checkpoint(
         num_full = torch.tensor([float(not has_room)], device=trainer.device)
         ranks.sum_(num_full)
         if ranks.rank == 0:
-            if num_full.item() or not _unless_full(_finish, folder, partial, final, state, trainer, tokenizer):
+            if num_full.item() or not _unless_full(_finish, folder, partial, final, state, trainer, tokenizer, beside):
                 shutil.rmtree(partial, ignore_errors=True)
                 wait(f"the disk became full while the checkpoint was being written to {folder}; free space there, it goes on by itself")
             is_written = final.exists()
     if ranks.rank == 0:
-        _remove_old(folder)
+        _remove_old(folder, keep)
     ranks.barrier()
 
 
@@ -119,11 +123,14 @@ def _write_share(partial: Path, rank: int, published: Published) -> None:
     path.write_bytes(safetensors_file.serialize(published.weights, {}))
 
 
-def _finish(folder: Path, partial: Path, final: Path, state: CheckpointState, trainer: Any, tokenizer: Any) -> None:
+def _finish(
+    folder: Path, partial: Path, final: Path, state: CheckpointState, trainer: Any, tokenizer: Any, beside: Callable[[Path], None]
+) -> None:
     """Rank 0: what all ranks have in common, then the name."""
     trainer.model.save_pretrained(partial / "policy")
     tokenizer.save_pretrained(partial / "policy")
     save_file(_moments(trainer), partial / "optimizer.safetensors")
+    beside(partial)
     (partial / STATE_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(state, digests=digests_of(partial))))
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
@@ -131,8 +138,8 @@ def _finish(folder: Path, partial: Path, final: Path, state: CheckpointState, tr
     _sync(folder)
 
 
-def _remove_old(folder: Path) -> None:
-    for old in list_checkpoints(folder)[:-NUM_KEPT]:
+def _remove_old(folder: Path, keep: Path | None) -> None:
+    for old in [old for old in list_checkpoints(folder)[:-NUM_KEPT] if old != keep]:
         removing = old.with_name(f".{old.name}.removing")
         old.rename(removing)
         shutil.rmtree(removing)
@@ -154,8 +161,10 @@ def load_published(checkpoint: Path, state: CheckpointState, model: Any, rank: i
 
 
 def load_optimizer(checkpoint: Path, trainer: Any) -> None:
-    """Put AdamW's moments back."""
+    """Put AdamW's moments back; there are none where no update was applied before."""
     tensors = load_file(checkpoint / "optimizer.safetensors")
+    if not tensors:
+        return
     names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     if set(tensors) != {f"{kind}/{name}" for name in names for kind in ("exp_avg", "exp_avg_sq", "step")}:
         raise CheckpointError(f"checkpoint {checkpoint} was made for another model. Give the run's own policy.")

@@ -81,6 +81,14 @@ def set_aside_ahead(folder: Path, step: int, say: Callable[[str], None]) -> None
             say(f"checkpoint {checkpoint.name} is ahead of the run's journal, which ends at step {step}. It is kept as {aside.name}")
 
 
+def set_aside_after(folder: Path, step: int, why: str, say: Callable[[str], None]) -> None:
+    """Set checkpoints after `step` aside because of `why`, the newest first, so that what is left never has a gap. Each is told to `say`."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        number = checkpoint.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            say(f"checkpoint {checkpoint.name} is kept as {_set_aside(checkpoint, why).name}")
+
+
 def _set_aside(checkpoint: Path, why: str) -> Path:
     """Rename a checkpoint, so that none is replaced; its new place."""
     number = len(list(checkpoint.parent.glob(f"{why}-*-{checkpoint.name}")))

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -23,11 +23,15 @@ from learner.model import load_model
 from learner.observe import StepObserver
 from learner.publish import Published, Publisher
 from learner.ranks import Ranks
+from learner.rollback import RolledBack, last_good_checkpoint, next_rollback, read_rollbacks, recorded_as, roll_back, step_of
+from learner.stability.monitor import COLLAPSE, Rollback
+from learner.stability.rule import Calibration
 from learner.step import Trainer
+from learner.watch import Watch
 from protocol.base import WEIGHTS_SUFFIX, base_root
 from protocol.config import Config
 from protocol.errors import WeightsError
-from protocol.messages import LearnerWelcome
+from protocol.messages import LearnerWelcome, Note
 from protocol.ports import LearnerPort, ReceivedBatch
 from tasks.base import Task
 
@@ -64,10 +68,12 @@ class Learner:
         *,
         beside: bool = True,
         observer: StepObserver | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Load the policy (a folder), or the newest checkpoint below `folder`.
 
         Without a `task` nothing is evaluated. `beside` is False where the port belongs to this thread. `observer` is told of every step.
+        `calibration` is of the stability region, where it is known.
         """
         self._config, self._pacing = config, config.pacing
         self._run, self._folder = run, folder
@@ -85,6 +91,12 @@ class Learner:
         if self._checkpoint and state:
             checkpoint.load_optimizer(self._checkpoint, self._trainer)
             self._published = checkpoint.load_published(self._checkpoint, state, model, ranks.rank, ranks.world_size)
+        self._rollbacks = read_rollbacks(folder)
+        self._back: Rollback | None = None
+        """Where to go back to after the commit of this step."""
+        self._watch = Watch(config, model, self.step, calibration, ranks, self._rollbacks)
+        if self._checkpoint and not self._watch.load(self._checkpoint):
+            log.warning("%s has no measures of stability: displacement counts from its weights", self._checkpoint)
         self._published_step = state.version.step if state else -1
         self._policy, self._beside, self._observer = Path(policy), beside, observer
         self._publisher: Publisher | None = None
@@ -92,7 +104,7 @@ class Learner:
         self._sleep, self._said_at = sleep, float("-inf")
 
     def run(self) -> bool:
-        """The main loop; True if the last step was reached.
+        """The main loop; True if the last step was reached. Raises RolledBack when the run goes back: build the learner again then.
 
         consumes:     batches
           waits for:    the batch of the next step
@@ -109,9 +121,8 @@ class Learner:
             batch = self._receive()
             if batch is None:
                 break
-            last = min(self._pacing.last_use(batch.number) + 1, self._pacing.num_steps)
-            due = False
-            while self.step < last:
+            end, due = self._batch_end(self.step), False
+            while self.step < end:
                 self._take_step(batch)
                 due = due or self._is_due(self._config.learner.checkpoint_every)
             # Between batches only: in the middle of one, its proximal log-probabilities would be part of the state.
@@ -147,7 +158,8 @@ class Learner:
             return ""
 
     def _join(self, port: LearnerPort) -> LearnerWelcome:
-        welcome = port.join(self.step, self._ranks.world_size, environment(self._trainer.device))
+        on = environment(self._trainer.device) | recorded_as(self._rollbacks)
+        welcome = port.join(self.step, self._ranks.world_size, on)
         if self._checkpoint:
             log.info("resumed at step %d from %s, lineage %d", self.step, self._checkpoint, welcome.lineage)
         return welcome
@@ -177,7 +189,8 @@ class Learner:
         started = self._monotonic()
         if self._observer is not None:
             self._observer.before(self.step, batch, self._trainer)
-        metrics = self._trainer.apply(batch, self.step)
+        step = self.step
+        metrics = self._watch.step(step, batch, lambda govern: self._trainer.apply(batch, step, govern))
         if self._observer is not None:
             self._observer.after(self.step, metrics, self._trainer)
         metrics |= batch.facts | {"lag_mean": sum(lags) / len(lags), "lag_max": max(lags)}
@@ -186,10 +199,62 @@ class Learner:
         self.step += 1
         if self._pacing.publishes(self.step):
             metrics |= self._publish(self.step)
+        notes = self._notes()
         if self._port is not None:
-            self._port.commit(self.step - 1, batch.number, lags, metrics)
+            self._port.commit(self.step - 1, batch.number, lags, metrics, notes)
+        if self._back is not None:
+            self._go_back(self._back)
         if self._is_due(self._config.learner.eval_every):
             self._evaluate()
+
+    def _notes(self) -> list[Note]:
+        """What was decided or seen at this step, the same on every rank. A collapse ends the run or turns it back, as configured."""
+        found = []
+        for kind, text, values in self._watch.monitor.take_notes():
+            if kind == COLLAPSE:
+                found += self._collapsed(text, values)
+            else:
+                found.append(Note(kind, text, values))
+        for note in found:
+            log.warning("step %d: %s", self.step - 1, note.text)
+        return found
+
+    def _collapsed(self, text: str, values: dict[str, float]) -> list[Note]:
+        """The note of a collapse, which ends the run or is followed by that of where the run goes back to, as configured."""
+        # One rank looks, before the commit: a rank that comes later would find what another has set aside already.
+        found = step_of(self._last_good_checkpoint()) if self._ranks.rank == 0 else 0
+        start = int(self._ranks.broadcast(b"%d" % found if self._ranks.rank == 0 else None))
+        text += f". The last good checkpoint is {f'step-{start:08d}' if start else 'the policy itself'}"
+        wanted = self._config.stability.on_collapse
+        best, until = self._watch.monitor.state.collapse.best, self._batch_end(self.step - 1)
+        self._back = next_rollback(self._rollbacks, start, until, best) if wanted == "rollback" else None
+        if self._back is not None:
+            going = f"going back from step {self.step} to step {start}, with {self._back.lr_scale:g} times the learning rate"
+            return [Note(COLLAPSE, text, values), Note("rollback", going, msgspec.structs.asdict(self._back))]
+        if wanted == "rollback":
+            text += f", and the run has gone back {len(self._rollbacks)} times"
+        return [Note(COLLAPSE, text, values, ends_run=wanted != "continue")]
+
+    def _last_good_checkpoint(self) -> Path | None:
+        """The newest checkpoint of weights that are known to be good: as old as those which may have sampled the last good batch."""
+        good = self._watch.monitor.state.collapse.last_good
+        return last_good_checkpoint(self._folder, self._pacing.oldest_step(self._pacing.batch_of_step(good)))
+
+    def _go_back(self, back: Rollback) -> NoReturn:
+        """All ranks leave this learner; the next one starts from the last good checkpoint."""
+        assert self._publisher is not None
+        self._publisher.flush()
+        self._publisher.close()
+        if self._port is not None:
+            self._port.confirm()  # nothing is set aside for what the journal does not have
+            roll_back(self._folder, [*self._rollbacks, back], log.warning)
+            self._port.close()
+        self._ranks.barrier()
+        raise RolledBack(f"the run goes back from step {self.step} to step {back.start}")
+
+    def _batch_end(self, step: int) -> int:
+        """The step after the last that uses the batch of `step`."""
+        return min(self._pacing.last_use(self._pacing.batch_of_step(step)) + 1, self._pacing.num_steps)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
@@ -238,6 +303,9 @@ class Learner:
             self._publisher.published,
             self._tokenizer,
             self._ranks,
+            beside=self._watch.save,
+            beside_bytes=self._watch.num_bytes,
+            keep=self._last_good_checkpoint(),
             wait=self._wait_for_room,
         )
 

@@ -29,6 +29,7 @@
     ├── ReplayDiffers            a replay does not arrive at the recorded weights
     ├── RoleEnded                a process that a run cannot do without has ended for good
     ├── PromisesBroken           a run's journal contradicts a promise
+    ├── Collapsed                the reward went to zero and stayed there, and the run was ended for it
     └── RunHalted                the run was stopped because going on would be useless
 
 Each message says what happened, with the value, and what to do next.
@@ -282,6 +283,16 @@ class RunHalted(SlipstreamError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"the run was halted: {reason}")
+
+
+class Collapsed(SlipstreamError):
+    """A run ended because its policy collapsed; the last good checkpoint is named."""
+
+    exit_code = 9
+
+    def __init__(self, run: object, told: str) -> None:
+        fix = "start again from there with a lower learning rate or a smaller max_lag (`cli.py advise` says which), or with stability.governor=hold"
+        super().__init__(f"the run in {run} {told}; {fix}")
 
 
 class RoleEnded(SlipstreamError):

@@ -139,6 +139,15 @@ class Evaluated(Fact, frozen=True):
     num_prompts: int
 
 
+class LearnerNoted(Fact, frozen=True):
+    """The learner decided or saw something that no single measure says, before its step `step`."""
+
+    step: int
+    kind: Literal["learning-rate", "warning", "region", "collapse", "rollback"]
+    text: str
+    values: dict[str, float | None] = {}
+
+
 class VersionPublished(Fact, frozen=True):
     """New weights that actors may sample from; the fields are those of messages.Publish."""
 
@@ -189,7 +198,7 @@ class LearnerStarted(Fact, frozen=True):
     step: int
     world_size: int
     environment: dict[str, str] = {}
-    """What the bits of its arithmetic depend on beside the data: libraries, processor, device, threads."""
+    """What the bits of its arithmetic depend on beside the data: libraries, processor, device, threads, rollbacks."""
 
 
 class LearnerFinished(Fact, frozen=True):
@@ -230,6 +239,7 @@ AnyFact = (
     | BatchFormed
     | StepCommitted
     | Evaluated
+    | LearnerNoted
     | VersionPublished
     | VersionAnchored
     | DeltasDropped

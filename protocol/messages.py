@@ -219,7 +219,7 @@ class LearnerHello(Message, frozen=True):
     step: Count
     world_size: Count
     environment: dict[Label, Label] = {}
-    """What the bits of its arithmetic depend on beside the data: libraries, processor, device, threads."""
+    """What the bits of its arithmetic depend on beside the data: libraries, processor, device, threads, rollbacks."""
 
 
 class NextBatch(Message, frozen=True):
@@ -234,6 +234,16 @@ class GetGroup(Message, frozen=True):
     ticket: Count
 
 
+class Note(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Something the learner decided or saw at a step, that no single measure says."""
+
+    kind: Literal["learning-rate", "warning", "region", "collapse", "rollback"]
+    text: Text
+    values: dict[str, float] = {}
+    ends_run: bool = False
+    """Whether the run is to be stopped for it."""
+
+
 class CommitStep(Message, frozen=True):
     """theta_{step+1} exists. `lags` are the lags of the batch's groups as the learner counted them from the tokens' versions."""
 
@@ -241,6 +251,7 @@ class CommitStep(Message, frozen=True):
     batch: Count
     lags: Annotated[list[Number], Meta(max_length=1 << 16)]
     metrics: dict[str, float]
+    notes: Annotated[list[Note], Meta(max_length=64)] = []
 
 
 class Publish(Message, frozen=True):
@@ -524,6 +535,10 @@ class RunStatus(Message, frozen=True):
     """Why everything that would be journalled is put off, without room on the disk; empty if nothing is."""
     turned_away: dict[str, int] = {}
     """What the broker did not take, by "channel: reason": refused keys, malformed messages, connections cut by the guard, answers not taken."""
+    notes: list[tuple[int, str]] = []
+    """The last notes of the learner: step and text."""
+    lag_parts: dict[str, float] = {}
+    """The fields of lag_account.LagParts: means over the groups of the last steps. Empty before the first step."""
 
 
 FromControl = RunStatus | Done | HelloRefused | NotNow

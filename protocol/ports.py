@@ -5,12 +5,12 @@ One contract suite (tests/broker/test_port_contract.py) runs against every imple
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from protocol.groups import Group
-from protocol.messages import ActorReport, ActorWelcome, LearnerWelcome, Publish, Published, Route, WireTicket
+from protocol.messages import ActorReport, ActorWelcome, LearnerWelcome, Note, Publish, Published, Route, WireTicket
 from protocol.weights import BlobRef, PolicyVersion
 
 
@@ -87,8 +87,8 @@ class LearnerPort(Protocol):
     def next_batch(self, step: int, while_waiting: Callable[[], None]) -> ReceivedBatch | None:
         """The batch that `step` uses; waits for it, and meanwhile calls `while_waiting` every second or so. None when the run is to stop."""
 
-    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
-        """Record that theta_{step+1} exists. May return before it is in the journal; `next_batch` and `done` do not."""
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float], notes: Sequence[Note] = ()) -> None:
+        """Record that theta_{step+1} exists, and what was noted at it. May return before it is in the journal; `next_batch` and `done` do not."""
 
     def confirm(self) -> None:
         """Wait until every step committed is in the journal."""

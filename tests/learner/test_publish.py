@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from protocol.config import Config, LearnerConfig, LossConfig
 from protocol.delta import apply_file, read_header
 from protocol.errors import DamagedDelta, RequestRefused
 from protocol.groups import FULL, Group, encode_group
-from protocol.messages import LearnerWelcome, Publish
+from protocol.messages import LearnerWelcome, Note, Publish
 from protocol.messages import Published as Answer
 from protocol.ports import ReceivedBatch
 from protocol.weights import BlobRef, PolicyVersion, Tensor, Weights, num_bytes, root_hash
@@ -486,7 +486,7 @@ class LearnerPort(StoringPort):
             while_waiting()
         raise AssertionError("nobody noticed")
 
-    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float]) -> None:
+    def commit(self, step: int, batch: int, lags: list[int], metrics: dict[str, float], notes: Sequence[Note] = ()) -> None:
         self.committed.append(step)
 
     def evaluated(self, step: int, reward: float, num_prompts: int) -> None:
