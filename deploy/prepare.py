@@ -17,6 +17,7 @@ from pathlib import Path
 from broker.blobs import BlobStore
 from broker.keys import make_keys
 from deploy.rundir import RunDirectory, RunManifest, policy_files
+from learner.stability.files import with_calibration
 from protocol.config import Config
 from protocol.errors import ConfigError, SlipstreamError
 from tasks.base import Task
@@ -27,11 +28,13 @@ _RUN_ID = re.compile(r"^(?!\.+$)[A-Za-z0-9_.\-]{1,128}$")
 _LIBRARIES = ("torch", "transformers", "pyzmq", "msgspec", "safetensors", "numpy")
 
 
-def prepare_run(config: Config, directory: Path | None, say: Callable[[str], None]) -> RunDirectory:
+def prepare_run(config: Config, directory: Path | None, say: Callable[[str], None], *, is_latest: bool = True) -> RunDirectory:
     """Make a run's directory below config.run.directory (or at `directory`), with everything that its processes need.
 
+    `is_latest`: commands that are not told which run are then about this one.
     Raises ConfigError and TaskError before anything is written, and what training the policy raises.
     """
+    config = with_calibration(config)
     task = load_task(config.task.name, config.task.options)
     if task.num_train < 1 or task.num_heldout < 1:
         raise ConfigError("task", config.task.name, "has an empty split", "give it at least one problem in each split")
@@ -63,7 +66,8 @@ def prepare_run(config: Config, directory: Path | None, say: Callable[[str], Non
         source=_source(),
     )
     run.create(config, manifest)
-    _point_latest(root, path)
+    if is_latest:
+        _point_latest(root, path)
     return run
 
 
@@ -104,7 +108,7 @@ def cache_folder() -> Path:
 
 def _supervised_policy(config: Config, say: Callable[[str], None]) -> Path:
     """Train the supervised policy in a process of its own, unless a run with the same settings has done so before."""
-    recipe = config.task.model_dump_json() + config.supervised.model_dump_json() + f"{config.rollout.max_tokens}/{config.run.seed}"
+    recipe = config.task.model_dump_json() + config.supervised.model_dump_json() + f"{config.rollout.max_tokens}/{supervised_seed(config)}"
     folder = cache_folder() / "policies" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if (folder / "supervised.json").exists():
         say(f"policy: using the supervised policy in {folder}")
@@ -141,6 +145,11 @@ def _supervised_policy(config: Config, say: Callable[[str], None]) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def supervised_seed(config: Config) -> int:
+    """What fixes the supervised policy beside its recipe."""
+    return config.run.seed if config.supervised.seed is None else config.supervised.seed
 
 
 def _versions() -> dict[str, str]:

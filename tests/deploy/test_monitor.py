@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from deploy.monitor import Monitor, Pace, render
+from deploy.monitor import Monitor, Pace, plain_line, render
 from protocol.messages import PeerStatus, RunStatus
 
 
@@ -40,6 +40,17 @@ def test_whom_nobody_has_heard_is_not_shown_as_seen() -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(render(msgspec.structs.replace(status(), actors=[unheard]), None))
     assert "not since the broker started, 8.0 s ago" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_lag_is_shown_in_its_parts_live_and_in_plain_lines() -> None:
+    parts = {"publish": 0.4, "in_flight": 1.2, "queued": 1.0, "reuse": 0.5}
+    told = msgspec.structs.replace(status(), lag_parts=parts)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(told, None))
+    line = "lag 3.1 = 0.4 publishing + 1.2 in flight + 1.0 queued + 0.5 reuse"
+    assert f"{line}, mean over the last 50 steps" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{line} (largest 3, S 4)" in plain_line(told, None)
+    assert "lag 1.5 (largest 3, S 4)" in plain_line(status(), None), "a broker that does not tell the parts"
 
 
 def test_plain_lines_come_every_few_seconds_where_there_is_no_terminal() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from deploy.prepare import cache_folder, prepare_run
+from deploy.prepare import cache_folder, prepare_run, supervised_seed
 from deploy.rundir import RunDirectory, is_weights, latest_run
-from protocol.config import parse_config
+from protocol.config import overridden, parse_config
 from protocol.errors import ConfigError
 
 
@@ -37,9 +37,14 @@ def test_a_directory_that_is_no_run_is_named(tmp_path: Path) -> None:
         RunDirectory(tmp_path).manifest()
 
 
+def test_a_supervised_policy_has_the_run_s_seed_unless_it_has_its_own() -> None:
+    seeds = [supervised_seed(parse_config({"run": {"seed": seed}, "supervised": own})) for own in ({}, {"seed": 0}) for seed in (1, 2)]
+    assert seeds == [1, 2, 0, 0]
+
+
 def test_the_supervised_policy_is_trained_once_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    recipe = {"hidden_size": 16, "layers": 1, "heads": 2, "target_reward": 0.01, "max_steps": 400, "batch_size": 32, "lr": 3e-3}
+    recipe = {"hidden_size": 16, "layers": 1, "heads": 2, "target_reward": 0.01, "max_steps": 400, "batch_size": 32, "lr": 3e-3, "seed": 0}
     config = parse_config(
         {"run": {"directory": str(tmp_path / "runs")}, "task": {"name": "arithmetic", "digits": 1, "heldout": 50}, "supervised": recipe}
     )
@@ -47,7 +52,8 @@ def test_the_supervised_policy_is_trained_once_and_cached(tmp_path: Path, monkey
     first = prepare_run(config, tmp_path / "a", said.append)
     assert any("held-out reward" in line for line in said)
     said.clear()
-    second = prepare_run(config, tmp_path / "b", said.append)
+    second = prepare_run(overridden(config, ["run.seed=7"]), tmp_path / "b", said.append, is_latest=False)
+    assert latest_run(tmp_path / "runs").path == first.path
     assert said == [f"policy: using the supervised policy in {first.manifest().policy}"]
     assert first.manifest().policy_files == second.manifest().policy_files
     assert json.loads((Path(first.manifest().policy) / "supervised.json").read_bytes())["heldout_reward"] >= 0.01

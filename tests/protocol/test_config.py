@@ -227,3 +227,40 @@ def test_options_of_a_task_that_json_cannot_hold_are_a_config_error(tmp_path: Pa
     path.write_text(f"[task]\nname = 'other'\n{text}\n")
     with pytest.raises(ConfigError, match="other"):
         config_json(load_config(path))
+
+
+def test_a_run_s_own_configuration_reads_as_a_file_and_takes_overrides(tmp_path: Path) -> None:
+    original = parse_config({"task": {"name": "arithmetic", "digits": 1}, "learner": {"lr": 3e-5}, "policy": {"reuse": 4}})
+    path = tmp_path / "config.json"
+    path.write_text(config_json(original))
+    assert load_config(path) == original
+    assert load_config(path, ["run.steps=7", "policy.reuse=2"]).pacing.num_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"run": ', "is not valid JSON"),
+        ("[run]\nsteps = 3\n", "is not valid JSON"),
+        ("[]", "is not an object of sections"),
+        ("null", "is not an object of sections"),
+        ('"text"', "is not an object of sections"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_a_json_file_that_is_no_configuration_is_a_config_error(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    for overrides in ([], ["run.steps=3"]):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, overrides)
+        assert (caught.value.field, caught.value.value) == ("config file", str(path))
+        assert said in caught.value.problem
+
+
+def test_numbers_that_are_no_json_are_refused_by_their_field(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"learner": {"lr": NaN}}')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.field == "learner.lr"
