@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+
+from analysis.commands import inspect
 
 app = typer.Typer(
     name="slipstream",
@@ -39,6 +38,8 @@ def up(
     directory: Annotated[Path | None, typer.Option(help="The run's directory. Default: made below run.directory.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this directory.")] = None,
     serial: Annotated[bool, typer.Option("--serial", help="All roles in this one process, over in-memory ports.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to start outside the safe region, see `advise`.")] = False,
+    parent: ParentOption = 0,
 ) -> None:
     """Train: prepare the policy, start broker, actors and learner on this machine, and show what happens. Or go on with a run.
 
@@ -46,25 +47,36 @@ def up(
     """
     from rich.console import Console
 
+    from analysis.advise import advice_lines, check_strict
+    from analysis.advise import advise as advise_on
     from analysis.report import finish_run
     from deploy.local import LocalRun
     from deploy.monitor import Monitor
+    from deploy.parent import die_with_parent
     from deploy.prepare import prepare_run
     from deploy.resume import NOTHING, go_on, open_run, sole_supervisor, wanted_actors
     from deploy.wiring import choose_engine
+    from learner.stability.files import calibration_of
     from protocol.config import load_config
     from protocol.errors import ConfigError, SlipstreamError
 
-    if (config is None) == (resume is None) or (resume is not None and (directory is not None or serial)):
+    if parent:  # one run of a sweep
+        die_with_parent(parent)
+    if (config is None) == (resume is None) or (resume is not None and (directory is not None or serial or strict)):
         raise ConfigError("up", "", "goes by a configuration or goes on with a run", "give CONFIG, or --resume RUN with nothing but --set")
     console = Console(highlight=False)
     with Monitor(console) as monitor, contextlib.ExitStack() as held:
         past = NOTHING
         if config is not None:
             settings = load_config(config, overrides)
+            advice = advise_on(settings, calibration_of(settings))
+            for line in advice_lines(advice):
+                monitor.say(line)
+            if strict:
+                check_strict(advice)
             if settings.actor.num_actors:
                 choose_engine(settings.actor.engine)
-            run = prepare_run(settings, directory, monitor.say)
+            run = prepare_run(settings, directory, monitor.say, is_latest=not parent)
             held.enter_context(sole_supervisor(run))
         else:
             run = open_run(resume)
@@ -179,6 +191,7 @@ def score(parent: ParentOption = 0) -> None:
 def prepare(settings: Path, folder: Path) -> None:
     """Train the supervised policy of a configuration into a folder."""
 
+    from deploy.prepare import supervised_seed
     from learner.supervised import train_supervised
     from protocol.config import parse_config_json
     from tasks.registry import load_task
@@ -187,7 +200,7 @@ def prepare(settings: Path, folder: Path) -> None:
     config = parse_config_json(settings.read_text())
     task = load_task(config.task.name, config.task.options)
     threads = min(os.cpu_count() or 1, 4)
-    train_supervised(task, config.supervised, config.rollout.max_tokens, config.run.seed, threads, folder)
+    train_supervised(task, config.supervised, config.rollout.max_tokens, supervised_seed(config), threads, folder)
 
 
 @app.command()
@@ -246,14 +259,64 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunOption = None) -> None:
-    """Write a run's summary and plots again from its journal, and print the summary. Exit code 7 if a promise is broken."""
+def report(
+    sweeps: Annotated[
+        list[Path] | None, typer.Argument(metavar="[SWEEP]...", help="Sweeps' folders, their TOML files, or tables (cells.jsonl.zst).")
+    ] = None,
+    run: RunOption = None,
+    out: Annotated[Path | None, typer.Option(help="Where the report of a sweep is written. Default: report/ in its folder.")] = None,
+) -> None:
+    """Of a sweep: the paper's figures, tables and claims as one page. Of a run: its summary and plots again; exit code 7 if it broke a promise."""
+    if sweeps:
+        from analysis.sweep_reading import report_sweep
+
+        typer.echo("\n".join(report_sweep(sweeps, out)))
+        return
     from analysis.report import finish_run
 
     finished = finish_run(find_run(run).path)
     for line in finished.lines:
         typer.echo(line)
     finished.check()
+
+
+@app.command()
+def advise(
+    config: Annotated[Path, typer.Argument(help="A TOML file, see examples/.")],
+    sources: Annotated[list[Path], typer.Option("--from", metavar="RUN", help="A run or a sweep to calibrate from. May be repeated.")] = [],  # noqa: B006
+    overrides: SetOption = [],  # noqa: B006
+    write: Annotated[Path | None, typer.Option(help="Keep the calibration in this file, for stability.calibration.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where a configuration stands between too stale and too fast, by what other runs have shown; or which runs would tell."""
+    from analysis.advise import advice_json, advice_lines, calibrate_from
+    from analysis.advise import advise as look
+    from learner.stability.files import calibration_of, write_calibration
+    from protocol.config import load_config
+    from protocol.errors import ConfigError
+
+    settings = load_config(config, overrides)
+    calibration = calibrate_from(sources, settings) if sources else calibration_of(settings)
+    if write is not None:
+        if calibration is None:
+            raise ConfigError("--write", str(write), "there is nothing to write yet", "give runs to calibrate from: --from RUN")
+        write_calibration(calibration, write)
+    found = look(settings, calibration)
+    typer.echo(advice_json(found) if as_json else "\n".join(advice_lines(found)))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A TOML file, see examples/paper.toml.")],
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Make all runs of a sweep over staleness, learning rate and seed that are not made yet."""
+    from deploy.sweep import Sweep
+    from protocol.sweep import load_sweep
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs in progress are ended
+    settings, plans = load_sweep(file, overrides)
+    Sweep(settings, plans, settings.folder, typer.echo).go()
 
 
 # --- a run's recording
@@ -317,169 +380,18 @@ def replay_rank(plan: Annotated[Path, typer.Option()]) -> None:
     run_rank(plan)
 
 
-class InspectGroup(TyperGroup):
-    """`inspect RUN` stands beside `inspect groups RUN` and its like: what is no command's name is a run's directory."""
+@app.command()
+def probe(
+    run: Annotated[Path, typer.Argument(metavar="RUN")], step: int | None = None, lags: str | None = None, prompts: int = 16, rounds: int = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:  # fmt: skip
+    """Measure the staleness bias (paper Eq. 17) of the version of --step N against those of --lags 1,2,4 steps before, by sampling again."""
+    from deploy.probe import probe_command
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            args = ["overview", *args]
-        return super().parse_args(ctx, args)
+    typer.echo(probe_command(run, step, lags, prompts, rounds, seed, as_json=as_json))
 
 
-inspect = typer.Typer(
-    cls=InspectGroup,
-    no_args_is_help=True,
-    help="Look into a run's recording, while the run goes on or later: `inspect RUN` says what it holds. Needs only journal.sqlite, and "
-    "run.json with blobs/ for texts.",
-)
 app.add_typer(inspect, name="inspect")
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/latest.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
-TicketOption = Annotated[int | None, typer.Option(min=0, help="Only this ticket.")]
-TokenizerOption = Annotated[Path | None, typer.Option(help="A tokenizer.json for texts. Default: that of the run's policy.")]
-
-
-@inspect.command()
-def overview(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """What the recording holds; `inspect RUN` for short."""
-    import msgspec
-
-    from analysis.overview import look, overview_lines
-    from analysis.recording import Recording
-
-    with Recording(run) as recording:
-        found = look(recording)
-    typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else "\n".join(overview_lines(found)))
-
-
-@inspect.command()
-def groups(
-    run: RunArgument,
-    ticket: TicketOption = None,
-    batch: Annotated[int | None, typer.Option(min=0, help="Only groups of this batch.")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Only groups that this step used.")] = None,
-    actor: Annotated[str | None, typer.Option(help="Only groups of this actor.")] = None,
-    version: Annotated[int | None, typer.Option(min=0, help="Only groups with a token sampled from this version.")] = None,
-    min_reward: Annotated[float | None, typer.Option(help="Only groups whose mean reward is at least this.")] = None,
-    max_reward: Annotated[float | None, typer.Option(help="Only groups whose mean reward is at most this.")] = None,
-    min_lag: Annotated[int | None, typer.Option(min=0, help="Only groups whose lag at their last use is at least this.")] = None,
-    refused: Annotated[bool, typer.Option("--refused", help="List the results that were refused instead.")] = False,
-    limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 50,
-    as_json: JsonLines = False,
-) -> None:
-    """List groups: step is their first use, lag that of their oldest token at their last use."""
-    from analysis.listing import GROUP_HEADER, GroupFilter, group_line, list_groups
-    from analysis.recording import Recording
-
-    wanted = GroupFilter(ticket, batch, step, actor, version, min_reward, max_reward, min_lag, refused)
-    with Recording(run) as recording:
-        print_rows(list_groups(recording, wanted), GROUP_HEADER, group_line, limit, as_json)
-
-
-@inspect.command()
-def group(
-    run: RunArgument,
-    ticket: Annotated[int, typer.Argument(min=0)],
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also each token: id, text, log-probability, version.")] = False,
-    tokenizer: TokenizerOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show one ticket in full: prompt, completions, rewards, who made it, and everything that happened to it."""
-    import msgspec
-
-    from analysis.recording import Recording
-    from analysis.text import find_text
-    from analysis.ticket import read_ticket, ticket_lines
-
-    with Recording(run) as recording:
-        text = find_text(recording, tokenizer)
-        found = read_ticket(recording, ticket, text, with_tokens=tokens)
-    typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else "\n".join(ticket_lines(found, text)))
-
-
-@inspect.command()
-def batches(
-    run: RunArgument, limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 0, as_json: JsonLines = False
-) -> None:
-    """List batches: the steps that used them, their tickets, versions, lag and reward."""
-    from analysis.listing import BATCH_HEADER, batch_line, list_batches
-    from analysis.recording import Recording
-
-    with Recording(run) as recording:
-        print_rows(list_batches(recording), BATCH_HEADER, batch_line, limit, as_json)
-
-
-@inspect.command()
-def events(
-    run: RunArgument,
-    fact: Annotated[str | None, typer.Option(help="Only facts of this name, for example TicketIssued.")] = None,
-    since: Annotated[int, typer.Option(min=1, help="From this event number (lsn) on.")] = 1,
-    until: Annotated[int | None, typer.Option(min=1, help="Up to this event number.")] = None,
-    ticket: TicketOption = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on with new events until the run has ended.")] = False,
-    as_json: JsonLines = False,
-) -> None:
-    """List what happened, in order: number, time (UTC), fact and its fields."""
-    import time
-
-    import msgspec
-
-    from analysis.listing import event_fields, event_line, follow_events, list_events
-    from analysis.recording import Recording
-    from protocol.errors import ConfigError
-
-    if follow and until is not None:
-        raise ConfigError("--until", until, "contradicts --follow", "leave out one of them")
-    with Recording(run) as recording:
-        wait = functools.partial(time.sleep, 0.5)
-        found = follow_events(recording, fact, since, ticket, wait) if follow else list_events(recording, fact, since, until, ticket)
-        for event in map(event_fields, found):
-            typer.echo(msgspec.json.encode(event).decode() if as_json else event_line(event))
-
-
-@inspect.command()
-def verify(run: RunArgument) -> None:
-    """Check the recording: checksums, gaps, tables, conservation, lags, blobs. Exit code 4 if anything is broken."""
-    from analysis.verify import verify as check_recording
-
-    checks = check_recording(run)
-    for check in checks:
-        typer.echo("\n".join(check.lines()))
-    raise typer.Exit(4 if any(check.num_findings for check in checks) else 0)
-
-
-@inspect.command()
-def export(
-    run: RunArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A name that ends in .parquet or .jsonl.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-    tokenizer: TokenizerOption = None,
-) -> None:
-    """Write all completions into one file, a row for each, with tokens, log-probabilities, versions, texts and rewards."""
-    from analysis.export import export as write_export
-    from analysis.recording import Recording
-    from analysis.text import find_text
-
-    with Recording(run) as recording:
-        text = find_text(recording, tokenizer)
-        num_rows = write_export(recording, out, text, force=force)
-    typer.echo(f"wrote {out}: {num_rows} completions" + (f"; no texts: {text.missing}" if text.missing else ""))
-
-
-def print_rows(rows: Iterable[Any], header: str, line: Callable[[Any], str], limit: int, as_json: bool) -> None:
-    """Rows under a header, or as JSON lines; says so where there are more than `limit`."""
-    import msgspec
-
-    place = -1
-    for place, row in enumerate(rows):
-        if place == 0 and not as_json:
-            typer.echo(header)
-        if limit and place == limit:
-            typer.echo(f"there are more than {limit}; --limit 0 shows all", err=True)
-            break
-        typer.echo(msgspec.json.encode(row).decode() if as_json else line(row))
-    if place < 0:
-        typer.echo("there is none", err=True)
 
 
 @app.command()
