@@ -13,7 +13,7 @@ from protocol.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["protocol", "broker", "tasks", "actor", "learner", "deploy", "analysis"]
-SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))] + [ROOT / "cli.py"]
+SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + [ROOT / "cli.py"]
 
 
 @pytest.mark.parametrize("room", ["protocol", "broker", "tasks", "analysis", "deploy", "cli"])
@@ -83,8 +83,12 @@ def test_help_needs_no_heavy_library(command: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "heavy"
 
 
-def test_the_quickstart_s_configuration_is_valid() -> None:
+def test_every_example_is_valid() -> None:
     from protocol.config import load_config
+    from protocol.sweep import load_sweep
 
     for path in (ROOT / "examples").glob("*.toml"):
-        load_config(path)
+        if "[[grids]]" in path.read_text():
+            load_sweep(path)
+        else:
+            load_config(path)
