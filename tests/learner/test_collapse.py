@@ -176,7 +176,9 @@ def slow_collapse_step(steps: Sequence[int], rewards: Sequence[float], num_compl
         return None
     begin = max((index + 1 for index, low in enumerate(is_low) if not low), default=0)
     first = begin
-    while first > max(0, begin - LEVEL_BATCHES + 1) and all(reward <= ZERO_SHARE * bests[begin] for reward in rewards[first - 1 : begin + 1]):
+    while first > max(0, begin - LEVEL_BATCHES + 1) and all(
+        reward <= ZERO_SHARE * bests[begin] for reward in rewards[first - 1 : begin + 1]
+    ):
         first -= 1
     num_before = begin - first + (rewards[begin] <= ZERO_SHARE * bests[begin])
     expected = (num_before + len(rewards) - 1 - begin) * num_completions * bests[-1]
