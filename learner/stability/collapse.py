@@ -3,8 +3,8 @@
 Rewards are those of batches, each counted once: a reused batch tells nothing new about the policy. "Zero" is a level of at most ZERO_SHARE of the
 best that the run has had, since few rewards are exactly zero for a policy that answers at random.
 
-Invariant: a run has collapsed only if it had a level to fall from, its level has been at zero for the last PATIENCE batches, and the batches
-since it fell would have brought MIN_REWARDS at the best level, so that chance does not explain it.
+Invariant: a run has collapsed only if it had a level to fall from, its level was at zero for PATIENCE batches in a row and has not been above
+GOOD_SHARE of the best since, and the batches at zero would have brought MIN_REWARDS at the best level, so that chance does not explain it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 from msgspec import Struct
 
-ZERO_SHARE: Final = 0.2
+ZERO_SHARE: Final = 0.25
 LEVEL_BATCHES: Final = 4
 """A level is the mean reward of so many batches, or of as many as there are: a run may be at its best at its start."""
 PATIENCE: Final = 2
@@ -24,7 +24,7 @@ PATIENCE: Final = 2
 MIN_REWARDS: Final = 96
 """Runs of sparse rewards have batches without any; at so many expected rewards a healthy run does not look like a collapsed one."""
 GOOD_SHARE: Final = 0.5
-"""A policy is good while its rewards are above this share of the best level."""
+"""A policy is good while its rewards are above this share of the best level, and one that collapsed has come back above it."""
 SMALLEST_LEVEL: Final = 1e-6
 """Below this a run has not begun to be rewarded, and cannot collapse."""
 
@@ -37,7 +37,7 @@ class Collapse(Struct):
     steps: list[int] = []
     best: float = 0.0
     low_since: int = -1
-    """The first use of the batches in a row that brought the level down; -1 while the level is not at zero."""
+    """The first use of the batches in a row that brought the level down; -1 before, and once it has come back."""
     num_low: int = 0
     num_expected: float = 0.0
     """Rewards that the batches from `low_since` on would have brought at the best level."""
@@ -50,7 +50,10 @@ class Collapse(Struct):
         self.best = max(self.best, self.level)
         if min(self.level, reward) > GOOD_SHARE * self.best:
             self.last_good = step
-        if self.best <= SMALLEST_LEVEL or self.level > ZERO_SHARE * self.best:
+        if self.collapsed_at is not None and self.level <= GOOD_SHARE * self.best:
+            return
+        is_low = self.level <= ZERO_SHARE * self.best and reward <= GOOD_SHARE * self.best
+        if self.best <= SMALLEST_LEVEL or not is_low:
             self.low_since, self.num_low, self.num_expected = -1, 0, 0.0
             return
         if self.num_low == 0:

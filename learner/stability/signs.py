@@ -10,14 +10,14 @@ from typing import Final
 from learner.stability.forecast import Forecast
 from learner.stability.rule import Margins
 
-CLIPPED_SHARE: Final = {"clip": 0.5, "min-clip": 0.25}
+CLIPPED_SHARE: Final = {"clip": 0.4, "min-clip": 0.2}
 """By surrogate; min-clip clips a token outside the range on one side only, that of its advantage."""
-FAR_NATS: Final = 1.0
+FAR_NATS: Final = 0.7
 
 
 def signs(surrogate: str, clip_fraction: float, kl_behaviour: float) -> dict[str, str]:
-    """The sign that holds at a step, if it does: the batch's signal degenerates (31), because about half of its tokens or more are outside the
-    clip range and the policy is a nat a token or more from the one that sampled them."""
+    """The sign that holds at a step, if it does: the batch's signal degenerates (31), because a large share of its tokens is outside the
+    clip range and the policy is far from the one that sampled them."""
     if not (clip_fraction >= CLIPPED_SHARE[surrogate] and kl_behaviour >= FAR_NATS):  # which is also so of what is no number
         return {}
     text = f"the batch's signal degenerates: {clip_fraction:.0%} of its tokens are clipped, {kl_behaviour:.2g} nats a token from what sampled it"

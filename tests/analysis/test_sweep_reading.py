@@ -79,8 +79,8 @@ def test_a_collapse_is_told_from_first_uses_alone(tmp_path: Path) -> None:
     config = config_of(run={"steps": 24, "seed": 0})
     cell = read_run(journal(tmp_path / "run", config, falling(12, 24)))
     assert (cell.outcome, cell.collapse_step, cell.collapse_sync) == ("collapsed", 12, 6)
-    few_batches = read_run(journal(tmp_path / "short", config, falling(12, 12 + 2 * LEVEL_BATCHES)))
-    assert few_batches.outcome == "stable", f"{2 * LEVEL_BATCHES} steps at zero, but their level has been there for one batch"
+    few_batches = read_run(journal(tmp_path / "short", config, falling(12, 12 + 2 * (LEVEL_BATCHES - 1))))
+    assert few_batches.outcome == "stable", f"{2 * (LEVEL_BATCHES - 1)} steps at zero, but their level has been there for one batch"
 
 
 def test_a_batch_has_as_many_completions_as_its_groups_have_together_and_few_of_them_tell_no_collapse(tmp_path: Path) -> None:

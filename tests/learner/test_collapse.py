@@ -168,21 +168,24 @@ def test_a_sparse_run_that_gets_no_reward_any_more_is_called_collapsed(rate: flo
 
 
 def slow_collapse_step(steps: Sequence[int], rewards: Sequence[float], num_completions: int) -> int | None:
-    """By the levels of the whole record: when the last stretch of levels at zero began, how long it is, and what it would have brought."""
+    """By the levels of the whole record: the first stretch of levels at zero that is a collapse, since the level was last above GOOD_SHARE."""
     levels = [float(np.mean(rewards[max(0, end - LEVEL_BATCHES) : end])) for end in range(1, len(rewards) + 1)]
     bests = [max(levels[:end]) for end in range(1, len(levels) + 1)]
-    is_low = [best > SMALLEST_LEVEL and level <= ZERO_SHARE * best + 1e-12 for level, best in zip(levels, bests, strict=True)]
-    if not is_low or not is_low[-1]:
-        return None
-    begin = max((index + 1 for index, low in enumerate(is_low) if not low), default=0)
-    first = begin
-    while first > max(0, begin - LEVEL_BATCHES + 1) and all(
-        reward <= ZERO_SHARE * bests[begin] for reward in rewards[first - 1 : begin + 1]
-    ):
-        first -= 1
-    num_before = begin - first + (rewards[begin] <= ZERO_SHARE * bests[begin])
-    expected = (num_before + len(rewards) - 1 - begin) * num_completions * bests[-1]
-    return steps[first] if len(rewards) - begin >= PATIENCE and expected >= MIN_REWARDS else None
+    is_low = [
+        best > SMALLEST_LEVEL and level <= ZERO_SHARE * best + 1e-12 and reward <= GOOD_SHARE * best
+        for level, best, reward in zip(levels, bests, rewards, strict=True)
+    ]
+    come_back = max((index + 1 for index, level in enumerate(levels) if level > GOOD_SHARE * bests[index]), default=0)
+    for begin in (index for index in range(come_back, len(is_low)) if is_low[index] and (index == 0 or not is_low[index - 1])):
+        end = next((index for index in range(begin, len(is_low)) if not is_low[index]), len(is_low))
+        first = begin
+        zero = ZERO_SHARE * bests[begin]
+        while first > max(0, begin - LEVEL_BATCHES + 1) and all(reward <= zero for reward in rewards[first - 1 : begin + 1]):
+            first -= 1
+        num_before = begin - first + (rewards[begin] <= zero)
+        if end - begin >= PATIENCE and (num_before + end - 1 - begin) * num_completions * bests[begin] >= MIN_REWARDS:
+            return steps[first]
+    return None
 
 
 @pytest.mark.parametrize("num_completions", [24, 32, MANY])
