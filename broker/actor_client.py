@@ -248,7 +248,9 @@ class ActorClient:
             await self._send(result.message, result.payload)
 
     async def _send(self, message: messages.Message, payload: bytes = b"") -> None:
-        """Send, or drop if the broker is away: everything that matters is sent again."""
+        """Send, or drop if the broker is away: everything that matters is sent again. After `leave` nothing is sent, whoever still asks."""
+        if self._socket.closed:
+            return
         with contextlib.suppress(zmq.Again):
             await self._socket.send_multipart(codec.encode(message, payload), zmq.NOBLOCK)
 
