@@ -6,6 +6,7 @@ Invariant: without a calibration nothing is claimed; what is said instead is whi
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,12 +24,14 @@ from analysis.sweep_reading import find_sweep, finished_runs, pipeline_of, read_
 from learner.stability.calibrate import RunRecord, StepMeasure, calibrate, fit_lag_exponent, root_mean_square_update, straightness
 from learner.stability.governor import MARGIN
 from learner.stability.rule import (
-    EXACTLY_ONE,
+    MAX_LAG,
+    UNKNOWN_EXPONENT,
     Calibration,
     LargestLag,
     Margin,
     Margins,
     Measured,
+    Verdict,
     differences,
     largest_lag,
     largest_lr,
@@ -40,6 +43,9 @@ from protocol.journal import JOURNAL_NAME
 
 GRID = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Learning rates of the runs that would tell, by the configuration's own."""
+ROUNDING = 1e-9
+CARRIED: dict[Verdict, Verdict] = {"inside": "unknown", "outside": "cannot tell"}
+"""What is left of a verdict by constants of runs that are not, or not known to be, like the configuration."""
 
 
 class Advice(Struct, frozen=True):
@@ -56,6 +62,8 @@ class Advice(Struct, frozen=True):
     largest_lag: LargestLag | None
     strange: dict[str, tuple[str | None, str | None]]
     """In what the calibrating runs differ: there (None where that is not recorded), here."""
+    verdict: Verdict
+    """That of `where`, as far as constants of runs that differ, or may, can carry it: never inside, never outside."""
 
 
 def fingerprint(config: Config) -> dict[str, str]:
@@ -117,7 +125,7 @@ def calibrate_from(sources: Sequence[Path], like: Config) -> Calibration:
         fix = "give runs, or a sweep, that differ from this configuration in S, learning rate, seed and steps only"
         raise ConfigError("--from", ", ".join(map(str, sources)), f"holds no run that tells of this configuration: {told}{example}", fix)
     here = fingerprint(like)
-    valid_for = here if all(run.is_known for run in found) else {"pipeline": here["pipeline"]}
+    valid_for = here if all(run.is_known for run in found) else {"pipeline": here["pipeline"], "surrogate": like.loss.surrogate}
     calibration = calibrate_cells(cells, like.loss.clip_high, valid_for)
     left_out = f" {reasons.total()} of {len(found)} runs left out: {told}." if reasons else ""
     return msgspec.structs.replace(calibration, notes=calibration.notes + left_out)
@@ -169,29 +177,54 @@ def calibrate_cells(
 ) -> Calibration:
     """Both constants from cells of one pipeline, surrogate and policy.
 
-    The exponent of S in the batch constraint is `lag_exponent`, or else what cells of several values of S show, or else the paper's 1.
+    The exponent of S in the batch constraint is `lag_exponent`, or else what cells of several values of S show, or else about the paper's 1.
     """
     records = [record(cell) for cell in cells]
-    if lag_exponent is None and len({cell.max_lag for cell in cells}) > 1:
+    if lag_exponent is None and len({run.max_lag for run in records}) > 1:
         lag_exponent = fit_lag_exponent(records)
     is_known = lag_exponent is not None and lag_exponent.upper is not None
-    found = calibrate(records, clip_range, valid_for, lag_exponent if is_known and lag_exponent is not None else EXACTLY_ONE)
+    found = calibrate(records, clip_range, valid_for, lag_exponent if is_known and lag_exponent is not None else UNKNOWN_EXPONENT)
     speeds = [speed for run in records if (speed := root_mean_square_update(run.steps)) is not None]
-    paths = [share for run in records if (share := straightness(run)) is not None]
-    return msgspec.structs.replace(found, g_upd=median(speeds) if speeds else None, straightness=min(1.0, median(paths)) if paths else 1.0)
+    paths = [(share, run.num_steps) for run in records if (share := straightness(run)) is not None]
+    return msgspec.structs.replace(
+        found,
+        g_upd=median(speeds) if speeds else None,
+        straightness=min(1.0, median(share for share, _ in paths)) if paths else 1.0,
+        calibrated_steps=float(median(num_steps for _, num_steps in paths)) if paths else None,
+        notes=found.notes + _short_of_lag(cells, records),
+    )
+
+
+def _short_of_lag(cells: Sequence[Cell], records: Sequence[RunRecord]) -> str:
+    """Which runs never saw half of the lag that they were set to, in words."""
+    short = [
+        f"{run.name} {run.max_lag} of {cell.max_lag}" for cell, run in zip(cells, records, strict=True) if 2 * run.max_lag < cell.max_lag
+    ]
+    return f" {len(short)} runs whose lag stayed below half of their S, and counts as measured ({short[0]})." if short else ""
 
 
 def record(cell: Cell) -> RunRecord:
-    """A cell as the estimators take it."""
+    """A cell as the estimators take it, with the S that it reached, as it is measured while a run trains."""
     return RunRecord(
         cell.name,
-        cell.max_lag,
+        largest_measured_lag(cell),
         cell.lr,
         cell.outcome == "collapsed",
         cell.collapse_step,
         cell.horizon,
         [_measure(row) for row in cell.rows],
     )
+
+
+def largest_measured_lag(cell: Cell) -> int:
+    """S as measured: the largest lag of a step, and one more of cycles; as set, for a run that ended before a batch could get so old.
+
+    A step's lag is the mean over its groups, which is rounded up; S as set is the most.
+    """
+    if len(cell.rows) <= cell.max_lag:
+        return cell.max_lag
+    is_reused = cell.pipeline == "cycles"
+    return min(cell.max_lag, math.ceil(max(row.lag for row in cell.rows) - ROUNDING) + is_reused)
 
 
 def _measure(row: StepRow) -> StepMeasure:
@@ -202,6 +235,10 @@ def advise(config: Config, calibration: Calibration | None) -> Advice:
     """Where a configuration stands."""
     known = calibration or Calibration()
     lr, lag, steps = config.learner.lr, config.staleness, config.run.steps
+    where, here = margins(known, lr, lag, steps), fingerprint(config)
+    if "surrogate" in known.valid_for:  # Of a table of cells, which tells no more of the loss.
+        here["surrogate"] = config.loss.surrogate
+    strange = {} if calibration is None else differences(known, here)
     return Advice(
         lr=lr,
         staleness=lag,
@@ -209,10 +246,11 @@ def advise(config: Config, calibration: Calibration | None) -> Advice:
         pipeline=pipeline_of(config),
         surrogate=config.loss.surrogate,
         calibration=known,
-        where=margins(known, lr, lag, steps),
+        where=where,
         largest_lr=largest_lr(known, lag, steps),
         largest_lag=largest_lag(known, lr, steps),
-        strange={} if calibration is None else differences(known, fingerprint(config)),
+        strange=strange,
+        verdict=CARRIED.get(where.verdict, where.verdict) if strange else where.verdict,
     )
 
 
@@ -234,8 +272,7 @@ def advice_lines(advice: Advice) -> list[str]:
         )
     most = advice.largest_lag
     if most is not None:
-        ends = f"[{most.lower}, {'open' if most.upper is None else most.upper}]"
-        lines.append(f"largest S       {most.value} {ends} at this learning rate")
+        lines.append(f"largest S       {_largest_lag(most, advice.calibration.farthest_lag)} at this learning rate")
     lines.append(f"by              {len(advice.calibration.runs)} runs; {advice.calibration.notes}")
     for name, (there, here) in advice.strange.items():
         if there is not None:
@@ -269,21 +306,32 @@ def _headline(advice: Advice) -> str:
         "cannot tell": "at its edge: the runs known so far cannot tell",
         "unknown": "not known",
     }
-    return words[advice.where.verdict] + binding
+    if advice.verdict != advice.where.verdict:
+        return (
+            f"{words[advice.verdict]}: the calibrating runs differ, or may; by their constants it would be {advice.where.verdict}{binding}"
+        )
+    return words[advice.verdict] + binding
 
 
 def _what_would_tell(advice: Advice) -> list[str]:
     rates = ", ".join(f"{advice.lr * factor:.3g}" for factor in GRID)
+    is_lagged = advice.staleness > 0
     lists = (
         f'pipelines = ["{advice.pipeline}"]',
         f'surrogates = ["{advice.surrogate}"]',
-        f"lags = [{max(1, advice.staleness)}]",
+        f"lags = [{advice.staleness}]" if is_lagged else "lags = [1]  # each batch used once, by the weights that sampled it: S = 0",
         f"learning_rates = [{rates}]",
         "seeds = [1, 2]",
     )
+    if is_lagged:
+        nothing = "how far this policy can drift from what sampled its batches: R_batch and R_crit are not calibrated"
+        first = "from the spread of its importance ratios"
+    else:
+        nothing = "how far this policy can go: R_crit is not calibrated (S = 0 leaves the batch constraint absent)"
+        first = "from how far it went"
     return [
-        "                nothing is known yet of how far this policy can drift from what sampled its batches: R_batch and R_crit are not calibrated",
-        "what would tell a run of this configuration gives a first bound from the spread of its importance ratios: `advise CONFIG --from RUN`",
+        f"                nothing is known yet of {nothing}",
+        f"what would tell a run of this configuration gives a first bound {first}: `advise CONFIG --from RUN`",
         "                a sweep over learning rates gives the boundary; in its file, beside name and config, stands",
         "                [[grids]]",
         *(f"                {line}" for line in lists),
@@ -298,13 +346,19 @@ def _measured(found: Measured | None) -> str:
     return f"{found.value:.3g} [{lower}, {'open' if found.upper is None else f'{found.upper:.3g}'}]"
 
 
+def _largest_lag(most: LargestLag, farthest: int) -> str:
+    """No S far beyond those of the calibrating runs is told as if it had been seen, nor one that was only not looked beyond."""
+    value = f"more than {farthest}" if most.value > farthest or most.value >= MAX_LAG else str(most.value)
+    return f"{value} [{most.lower}, {'open' if most.upper is None or most.upper > farthest else most.upper}]"
+
+
 def _margin(margin: Margin) -> str:
     return margin.verdict if margin.ratio is None else f"margin {_measured(margin.ratio)}, {margin.verdict}"
 
 
 def check_strict(advice: Advice) -> None:
     """Raise ConfigError for a configuration that is outside the safe region."""
-    if advice.where.verdict == "outside":
+    if advice.verdict == "outside":
         edge = f"its edge at S = {advice.staleness} is {_measured(advice.largest_lr)}; " if advice.largest_lr is not None else ""
         lower = "run.steps" if advice.where.horizon.verdict == "outside" else "policy.reuse and policy.max_lag"
         fix = f"{edge}lower learner.lr or {lower}, or leave out --strict"

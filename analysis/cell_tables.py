@@ -23,7 +23,7 @@ FILE_NAME: Final = "cells.jsonl.zst"
 FINAL_STEPS: Final = 20
 """The final reward of a run is its mean over this many last steps."""
 COLUMNS: Final = (
-    "name", "pipeline", "surrogate", "S", "lr", "seed", "horizon", "governor", "num_steps", "outcome", "collapse_step", "M_collapse",
+    "name", "pipeline", "surrogate", "S", "lr", "seed", "horizon", "mean_lag", "governor", "num_steps", "outcome", "collapse_step", "M_collapse",
     "collapse_step_lr", "warning_step", "final_reward", "final_validation", "same_batch_cosine", "new_batch_cosine", "final_displacement",
 )  # fmt: skip
 _NEWLINE: Final = b"\n"
@@ -77,7 +77,8 @@ def csv_row(cell: Cell) -> tuple[str | int | float | None, ...]:
         next((row.displacement for row in reversed(cell.rows) if row.displacement is not None), None),
     )
     return (
-        *(cell.name, cell.pipeline, cell.surrogate, cell.max_lag, f"{cell.lr:.6g}", cell.seed, cell.horizon, cell.governor),
+        *(cell.name, cell.pipeline, cell.surrogate, cell.max_lag, f"{cell.lr:.6g}", cell.seed, cell.horizon),
+        *(f"{fmean(row.lag for row in cell.rows):.3g}" if cell.rows else None, cell.governor),
         *(len(cell.rows), cell.outcome, cell.collapse_step, weight_sync(cell)),
         *(f"{value:.6g}" if isinstance(value, float) else value for value in measured),
     )
@@ -120,7 +121,7 @@ def _problem(cell: Cell) -> str:
     """What is wrong with a cell in itself, empty if nothing is. JSON has no word for NaN, so there must be none."""
     if not (math.isfinite(cell.lr) and cell.lr > 0):
         return f"lr is {cell.lr}, it must be above zero"
-    if cell.max_lag < (1 if cell.pipeline == "cycles" else 0):
+    if cell.max_lag < 0:
         return f"max_lag is {cell.max_lag} in the {cell.pipeline} pipeline"
     if cell.horizon < 1:
         return f"horizon is {cell.horizon}, it must be at least 1"

@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 from msgspec import Struct
 
-from analysis.advise import calibrate_cells
+from analysis.advise import calibrate_cells, largest_measured_lag
 from analysis.cells import Cell
 from analysis.laws import arms, boundary
 from analysis.sweep_tables import Table
@@ -65,15 +65,19 @@ class Warned(Struct, frozen=True):
 
 
 def predict(cells: Sequence[Cell], random: np.random.Generator, lag_exponent: Measured | None = None) -> list[Prediction]:
-    """Every pair of values of S as calibration for every other one, with the exponent of S given, or as the pair shows it."""
+    """Every pair of values of S as calibration for every other one, with the exponent of S given, or as the pair shows it.
+
+    What is predicted for is the S that runs reached, as calibrations count it: the median over those that were set to the same.
+    """
     found = []
     for (pipeline, surrogate), group in sorted(arms(cells).items()):
         lags = sorted({cell.max_lag for cell in group})
         measured = {lag: boundary([cell for cell in group if cell.max_lag == lag], random) for lag in lags}
+        reached = {lag: round(median(largest_measured_lag(cell) for cell in group if cell.max_lag == lag)) for lag in lags}
         for pair in combinations(lags, 2):
             calibration = calibrate_cells([cell for cell in group if cell.max_lag in pair], CLIP_RANGE, {}, lag_exponent)
             for lag in lags:
-                most = largest_lr(calibration, lag, group[0].horizon)
+                most = largest_lr(calibration, reached[lag], group[0].horizon)
                 if lag not in pair and most is not None:
                     found.append(Prediction(f"{pipeline}, {surrogate}", pair, lag, most.value, measured[lag].estimate))
     return found
@@ -118,8 +122,8 @@ def warning_step(cell: Cell) -> int | None:
 
 
 def _config(cell: Cell) -> Config:
-    reuse = cell.max_lag if cell.pipeline == "cycles" else 1
-    lag = cell.max_lag - 1 if cell.pipeline == "cycles" else cell.max_lag
+    reuse = max(1, cell.max_lag) if cell.pipeline == "cycles" else 1
+    lag = reuse - 1 if cell.pipeline == "cycles" else cell.max_lag
     policy = {"reuse": reuse, "sync_every": reuse, "max_lag": lag}
     loss = {"surrogate": "min-clip" if cell.surrogate == "min-clip" else "clip"}
     return parse_config(

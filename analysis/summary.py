@@ -23,6 +23,7 @@ class Summary(msgspec.Struct, frozen=True):
     wall_seconds: float
     heldout_reward_before: float | None
     heldout_reward_after: float | None
+    """None as well if no later step was evaluated than the first that was."""
     training_reward_first: float | None
     training_reward_last: float | None
     max_lag: int
@@ -71,7 +72,7 @@ def summarize(run: Path) -> Summary:
     history = [entry.fact for entry in entries]
     steps = [fact for fact in history if isinstance(fact, facts.StepCommitted)]
     rewards = [reward for fact in steps if (reward := fact.metrics.get("reward")) is not None]
-    heldout = [fact.reward for fact in history if isinstance(fact, facts.Evaluated)]
+    heldout = [fact for fact in history if isinstance(fact, facts.Evaluated)]
     versions = [fact for fact in history if isinstance(fact, facts.VersionPublished)]
     tenth = max(1, len(rewards) // 10)
     count = recount(path)
@@ -84,8 +85,8 @@ def summarize(run: Path) -> Summary:
         outcome=_outcome(history),
         steps=max((fact.step + 1 for fact in steps), default=0),
         wall_seconds=round(entries[-1].time - entries[0].time, 3) if entries else 0.0,
-        heldout_reward_before=heldout[0] if heldout else None,
-        heldout_reward_after=heldout[-1] if heldout else None,
+        heldout_reward_before=heldout[0].reward if heldout else None,
+        heldout_reward_after=heldout[-1].reward if heldout and heldout[-1].step > heldout[0].step else None,
         training_reward_first=_mean(rewards[:tenth]),
         training_reward_last=_mean(rewards[-tenth:]),
         max_lag=count.pacing.max_lag,
@@ -124,8 +125,6 @@ def summarize(run: Path) -> Summary:
 
 def lines(summary: Summary) -> list[str]:
     """The summary for a person."""
-    before, after = summary.heldout_reward_before, summary.heldout_reward_after
-    gain = f"{before:.3f} -> {after:.3f} ({after - before:+.3f})" if before is not None and after is not None else "not measured"
     nothing = "nothing was trained on"
     same = summary.lags == summary.lags_by_ledger and summary.largest_lag == summary.largest_lag_by_learner and not summary.broken_promises
     agree = f"ledger, learner and journal agree: {summary.lags}" if same else "LEDGER, LEARNER AND JOURNAL DISAGREE"
@@ -135,7 +134,7 @@ def lines(summary: Summary) -> list[str]:
     )
     return [
         f"run              {summary.run}: {summary.outcome}, {summary.steps} steps in {summary.wall_seconds:.0f} s",
-        f"held-out reward  {gain}",
+        f"held-out reward  {_gain(summary.heldout_reward_before, summary.heldout_reward_after)}",
         f"lag              largest {summary.largest_lag}, S = {summary.max_lag}; {agree if summary.lags else nothing}",
         f"lag in parts     {_made_of(summary.lag_parts)}",
         f"tickets          {summary.tickets_issued} issued = {summary.tickets_consumed} consumed + {summary.tickets_expired} expired + "
@@ -145,6 +144,12 @@ def lines(summary: Summary) -> list[str]:
         f"busy             learner {_percent(summary.learner_busy_share)}, actors {_percent(summary.actor_busy_share)}",
         *(f"BROKEN PROMISE   {text}" for text in summary.broken_promises),
     ]
+
+
+def _gain(before: float | None, after: float | None) -> str:
+    if before is None:
+        return "not measured"
+    return f"{before:.3f} at first, not evaluated again" if after is None else f"{before:.3f} -> {after:.3f} ({after - before:+.3f})"
 
 
 def _fields(parts: LagParts | None) -> dict[str, float]:

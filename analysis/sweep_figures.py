@@ -375,7 +375,8 @@ def _draw_runs(axes: Any, runs: Sequence[Cell], read: Read, colour: Any, end: in
     """
     width = math.ceil(end / MAX_POINTS)
     if width > 1 and runs and read is _cosines and runs[0].pipeline == "cycles":
-        width = math.ceil(width / runs[0].max_lag) * runs[0].max_lag
+        cycle = max(1, runs[0].max_lag)
+        width = math.ceil(width / cycle) * cycle
     curves = [_binned(read(cell), width) for cell in runs]
     for curve in curves:
         axes.plot(*_columns(curve), color=colour, lw=0.5, alpha=0.45)

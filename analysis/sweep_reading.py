@@ -58,7 +58,7 @@ def _configs(recording: Recording) -> list[Config]:
 
 
 def pipeline_of(config: Config) -> Pipeline:
-    """Without any lag both pipelines are the same, and S = 1 in the way that cycles count it."""
+    """Without any lag both pipelines are the same; S is 0 then, not the 1 that cycles count, since weights never leave those that sampled."""
     return "cycles" if config.policy.reuse > 1 or config.policy.lag_bound == 0 else "queue"
 
 
@@ -79,7 +79,7 @@ def _cell(
         name=name,
         pipeline=pipeline,
         surrogate=config.loss.surrogate,
-        max_lag=config.policy.lag_bound + (pipeline == "cycles"),
+        max_lag=config.policy.lag_bound and config.policy.lag_bound + (pipeline == "cycles"),
         lr=config.learner.lr,
         seed=config.run.seed,
         horizon=config.run.steps,

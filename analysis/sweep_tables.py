@@ -102,9 +102,9 @@ def escape_times(cells: Sequence[Cell], law: EscapeLaw, random: np.random.Genera
     rows.append(["all, as recorded", str(law.num_collapsed), shown(law.recorded_mean), ABSENT, ABSENT])
     rows.append(["all, as fitted", str(law.num_fitted), shown(law.mean), shown(law.mean_interval), ABSENT])
     note = (
-        f"As fitted, t lies in the middle of its cycle, and runs are left out that collapsed at the first sync ({law.num_coarse}) or whose fellows "
-        f"stayed stable ({law.num_mixed}). Standard deviation over mean: {shown(law.variation)}, of which rounding to syncs alone makes "
-        f"{shown(law.quantum_variation)}."
+        f"As fitted, t lies in the middle of its cycle, and collapsed runs are left out of a group (one S and η) of which one collapsed at the first "
+        f"sync ({law.num_coarse}) or one stayed stable ({law.num_mixed}). Standard deviation over mean: {shown(law.variation)}, of which rounding "
+        f"to syncs alone makes {shown(law.quantum_variation)}."
     )
     return Table("t_collapse·η", ["", "collapsed", "mean", "interval", "smallest, largest"], rows, note)
 

@@ -108,11 +108,12 @@ def travelled(run: RunRecord) -> tuple[float, float] | None:
 
 
 def straightness(run: RunRecord) -> float | None:
-    """Net displacement of a stable run over T eta G_2: 1 on a straight path. None for a run that collapsed, or did not measure it."""
-    far = travelled(run)
-    if run.collapsed or far is None or far[0] <= 0:
+    """Net displacement at the end of a stable run over T eta G_2: 1 on a straight path. None for a run that collapsed, or did not measure it."""
+    scale = root_mean_square_update(run.steps)
+    known = [step.displacement for step in run.steps if step.displacement is not None]
+    if run.collapsed or scale is None or not known or known[-1] <= 0:
         return None
-    return far[0] / (run.num_steps * run.lr)
+    return known[-1] / scale / (run.num_steps * run.lr)
 
 
 def fit_horizon(runs: Sequence[RunRecord]) -> HorizonFit:
@@ -272,6 +273,7 @@ def calibrate(
         reference_lag=batch.reference_lag,
         batch_scatter=batch.scatter,
         horizon_scatter=horizon.scatter,
+        largest_lag_seen=max((run.max_lag for run in runs), default=0),
         runs=tuple(run.name for run in runs),
         valid_for=dict(valid_for),
         notes=f"{notes}. horizon: {horizon.notes}.",

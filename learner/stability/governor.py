@@ -1,6 +1,6 @@
 """The governor: keeps the learning rate inside the region of the two-constraint rule (paper, Eq. 37), as lag and G_upd are measured.
 
-Invariant: the learning rate used is never above the schedule's, and a change by the region rule is a whole number of notches, with a reason.
+Invariant: the learning rate used is never above the schedule's, nor above the cap, which is a whole notch; a change by the cap has a reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from msgspec import Struct
 from learner.stability.rule import Calibration, Measured, divide, smallest
 
 NOTCHES: Final = 4
-"""The learning rate is held at powers of 2^(1/4) below the schedule's: a change is worth a line in the journal."""
+"""The learning rate is capped at powers of 2^(1/4), whatever the schedule's: a change is worth a line in the journal."""
+ROUNDING: Final = 1e-9
+"""By which a learning rate may be above its limit, so that a limit that is a notch itself is one."""
 MARGIN: Final = 4.0
 """What the rule's "much less" is taken as: runs near the boundary do not collapse, but learn little. On the runs of examples/paper.toml at S = 4 and
 32 the reward was within about a tenth of the best at a quarter of the boundary, and down by two fifths at half of it."""
@@ -29,34 +31,46 @@ class Held(NamedTuple):
 
 
 class Governor(Struct):
-    """The state of one run: how many notches it holds the learning rate down."""
+    """The state of one run: the cap on its learning rate."""
 
-    num_notches: int = 0
+    cap: int | None = None
+    """In notches: the learning rate is at most 2^(cap / NOTCHES), whatever the schedule does; None: as scheduled."""
     roomy_since: int = -1
-    """The step since which fewer notches would have been inside; -1 if they would not."""
+    """The step since which a higher cap would have been inside; -1 if it would not."""
 
-    def hold(self, scheduled: float, bound: Measured | None, step: int, because: str) -> Held:
-        """Hold `scheduled` MARGIN times below the lower end of `bound`, the largest learning rate that is inside; unknown holds what was held."""
-        if bound is None:
-            return Held(self._held(scheduled), "")
-        wanted = math.inf if bound.lower <= 0 else max(0, math.ceil(NOTCHES * math.log2(scheduled * MARGIN / bound.lower) - 1e-9))
-        if math.isinf(wanted):
-            return Held(self._held(scheduled), "")
+    def hold(self, scheduled: float, bound: Measured | None, step: int, because: str, scale: float = 1.0) -> Held:
+        """Hold `scheduled` MARGIN times below the lower end of `bound`, the largest learning rate that is inside; unknown holds what was held.
+
+        `scale` is that of rollbacks, which the schedule given has in it already and the cap has not.
+        """
+        scheduled /= scale
         before = self._held(scheduled)
-        if wanted > self.num_notches:
-            self.num_notches, self.roomy_since = int(wanted), -1
-            return Held(self._held(scheduled), f"lowered from {before:.3g} to {self._held(scheduled):.3g}: {because}")
-        if wanted == self.num_notches:
+        limit = 0.0 if bound is None else bound.lower / MARGIN / scale
+        if limit <= 0:
+            return Held(before * scale, "")
+        highest = math.floor(NOTCHES * math.log2(limit) + ROUNDING)
+        if before > limit * (1 + ROUNDING):
+            self.cap, self.roomy_since = highest, -1
+            lowered = self._held(scheduled)
+            return Held(lowered * scale, f"lowered from {before * scale:.3g} to {lowered * scale:.3g}: {because}")
+        if self.cap is None or (highest <= self.cap and scheduled > limit * (1 + ROUNDING)):
             self.roomy_since = -1
         elif self.roomy_since < 0:
             self.roomy_since = step
         elif step - self.roomy_since >= RISE_AFTER:
-            self.num_notches, self.roomy_since = self.num_notches - 1, step
-            return Held(self._held(scheduled), f"raised from {before:.3g} to {self._held(scheduled):.3g}: inside for {RISE_AFTER} steps")
-        return Held(self._held(scheduled), "")
+            # A cap that the schedule stays below is no cap: where it never came back to it, nothing is told.
+            self.cap, self.roomy_since = None if _learning_rate(self.cap + 1) >= scheduled else self.cap + 1, step
+            raised = self._held(scheduled)
+            told = f"raised from {before * scale:.3g} to {raised * scale:.3g}: inside for {RISE_AFTER} steps"
+            return Held(raised * scale, told if raised > before else "")
+        return Held(before * scale, "")
 
     def _held(self, scheduled: float) -> float:
-        return scheduled * math.pow(2.0, -self.num_notches / NOTCHES)
+        return scheduled if self.cap is None else min(scheduled, _learning_rate(self.cap))
+
+
+def _learning_rate(num_notches: int) -> float:
+    return math.pow(2.0, num_notches / NOTCHES)
 
 
 def live_bound(calibration: Calibration, lag: int, num_steps: int, g_upd: float | None) -> Measured | None:

@@ -120,7 +120,8 @@ class Monitor:
         if self._is_again(step):
             return 0.0
         state = self.state
-        scheduled *= next((back.lr_scale for back in reversed(self._rollbacks) if back.until <= step), 1.0)
+        scale = next((back.lr_scale for back in reversed(self._rollbacks) if back.until <= step), 1.0)
+        scheduled *= scale
         if self._settings.governor != "hold" or scheduled <= 0:
             return scheduled
         if self._settings.rule == "sqrt-ess":
@@ -128,7 +129,7 @@ class Monitor:
         bound = live_bound(self._calibration, seen.lag, self._num_steps, self.g_2)
         speed = "" if self.g_2 is None else f" and G_upd {self.g_2:.3g}"
         because = "" if bound is None else f"inside up to {bound.lower:.3g}, held {MARGIN:g} times below, at lag {seen.lag}{speed}"
-        held = state.governor.hold(scheduled, bound, step, because)
+        held = state.governor.hold(scheduled, bound, step, because, scale)
         if held.reason:
             self.notes.append(Note("learning-rate", held.reason, {"lr": held.lr, "scheduled": scheduled, "lag": float(seen.lag)}))
         return held.lr
@@ -138,7 +139,7 @@ class Monitor:
         state, found = self.state, {"update_norm": moved.update_norm, "displacement": moved.displacement}
         if self._is_again(step):
             return found
-        if lr > 0:
+        if lr > 0 and moved.update_norm > 0:  # an update that was skipped says nothing about the size of updates
             state.g_upd = [*state.g_upd, moved.update_norm / lr][-WINDOW:]
         state.travelled = [*state.travelled, moved.displacement][-SPEED_STEPS - 1 :]
         state.distances = [*state.distances, moved.distances][-WINDOW:]
@@ -156,6 +157,7 @@ class Monitor:
         if state.exponent is not None:
             found |= dict(zip(("drift_exponent", "drift_exponent_lower", "drift_exponent_upper"), state.exponent[:3], strict=True))
         found |= self._where(lr, seen, signal, step)
+        self._look_for_collapse()
         return found
 
     def _is_again(self, step: int) -> bool:
@@ -177,7 +179,6 @@ class Monitor:
         if self._settings.governor != "off":
             self._tell(step, "warning", signs(self._surrogate, signal.clip_fraction, signal.kl_behaviour), found)
             self._tell(step, "region", broken(where, ahead, self._num_steps - step - 1), found)
-        self._look_for_collapse()
         return found
 
     def _look_for_collapse(self) -> None:

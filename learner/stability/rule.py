@@ -56,6 +56,10 @@ class Measured(Struct, frozen=True):
 
 
 EXACTLY_ONE: Final = Measured(1.0, 1.0, 1.0)
+UNKNOWN_EXPONENT: Final = Measured(1.0, 0.0, 2.0)
+"""b where the runs do not show it: the paper's 1 as best guess, from no dependence on S to its square. At S0 it widens nothing."""
+FAR_BEYOND: Final = 4
+"""Beyond so many times the largest S of the calibrating runs no S is said to be inside: the power law is an extrapolation there."""
 
 
 class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,7 +82,11 @@ class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """G_upd of the runs it came from, so that another run's can be set against it; None where it was not measured."""
     straightness: float = 1.0
     """Net displacement at the end of runs over T eta G_upd. 1 on a straight path, the worst case that (33) counts with; it falls as T grows
-    where updates disagree, so the horizon margin is of runs about as long as those."""
+    where updates disagree; for runs longer than those it is kept, which is the cautious side."""
+    calibrated_steps: float | None = None
+    """How long the runs were that `straightness` is of, in steps: the median. None: not known, and `straightness` is taken for every length."""
+    largest_lag_seen: int = 0
+    """The largest S among the calibrating runs; 0 where that is not known, or there was no lag."""
     runs: tuple[str, ...] = ()
     valid_for: dict[str, str] = {}
     """Fingerprint of task, policy, optimizer, clip range, pipeline: whatever the constants depend on."""
@@ -89,9 +97,12 @@ class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for name, scatter in (("batch_scatter", self.batch_scatter), ("horizon_scatter", self.horizon_scatter)):
             if not 0 <= scatter <= MAX_SCATTER:
                 raise ValueError(f"{name} is {scatter}, it lies between 0 and {MAX_SCATTER:g}")
-        for name, size in (("reference_lag", self.reference_lag), ("g_upd", self.g_upd), ("straightness", self.straightness)):
+        for name in ("reference_lag", "g_upd", "straightness", "calibrated_steps"):
+            size = getattr(self, name)
             if size is not None and not 0 < size < math.inf:
                 raise ValueError(f"{name} is {size}, it is a positive number")
+        if self.largest_lag_seen < 0:
+            raise ValueError(f"largest_lag_seen is {self.largest_lag_seen}, it is 0 or more")
 
     def bound(self, constraint: Binding) -> Measured | None:
         """The constraint's bound for one more run: the calibrated constant, its interval widened by the scatter between runs."""
@@ -99,8 +110,12 @@ class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return None if constant is None else spread(constant.value, *(math.hypot(gap, Z95 * scatter) for gap in constant.gaps))
 
     def effective_horizon(self, num_steps: int) -> Measured:
-        """How many steps on a straight path lead as far as `num_steps` steps of a run."""
-        straight = num_steps * self.straightness
+        """How many steps on a straight path lead as far as `num_steps` steps of a run.
+
+        A run shorter than the calibrating ones goes straighter: as a random walk has it, by the root of how much shorter, and at most straight.
+        """
+        shorter = 1.0 if self.calibrated_steps is None else max(1.0, math.sqrt(self.calibrated_steps / num_steps))
+        straight = num_steps * max(self.straightness, min(1.0, self.straightness * shorter))
         return Measured(straight, straight, straight)
 
     def effective_lag(self, max_lag: int) -> Measured:
@@ -109,6 +124,11 @@ class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         exponent = self.lag_exponent
         ends = [octaves * (end - exponent.value) for end in (exponent.lower, exponent.ceiling)] if octaves else [0.0, 0.0]
         return spread(self.reference_lag * math.exp(octaves * exponent.value), -min(ends), max(ends))
+
+    @property
+    def farthest_lag(self) -> int:
+        """The largest S of which anything is said to be inside."""
+        return FAR_BEYOND * self.largest_lag_seen or MAX_LAG
 
 
 class Margin(NamedTuple):
@@ -184,7 +204,7 @@ def largest_lag(calibration: Calibration, lr: float, horizon: int) -> LargestLag
     upper = _largest(lambda max_lag: ratio(max_lag).ceiling >= 1)
     return LargestLag(
         _largest(lambda max_lag: ratio(max_lag).value > 1),
-        _largest(lambda max_lag: ratio(max_lag).lower > 1),
+        _largest(lambda max_lag: max_lag <= calibration.farthest_lag and ratio(max_lag).lower > 1),
         None if upper >= MAX_LAG else upper,
         _horizon_margin(calibration, lr, horizon).verdict,
     )
@@ -213,7 +233,9 @@ def _batch_margin(calibration: Calibration, lr: float, max_lag: int) -> Margin:
     bound = calibration.bound("batch")
     if max_lag == 0:
         return Margin(None, "inside")
-    return _margin(bound, calibration.effective_lag(max_lag), lr)
+    margin = _margin(bound, calibration.effective_lag(max_lag), lr)
+    is_too_far = margin.verdict == "inside" and max_lag > calibration.farthest_lag
+    return margin._replace(verdict="cannot tell") if is_too_far else margin
 
 
 def _horizon_margin(calibration: Calibration, lr: float, horizon: int) -> Margin:

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from analysis.advise import advice_json, advice_lines, advise, calibrate_cells, calibrate_from, check_strict, contrast, fingerprint
+from analysis.advise import advice_json, advice_lines, advise, calibrate_cells, calibrate_from, check_strict, contrast, fingerprint, record
 from analysis.cell_tables import write_cells
 from learner.stability.files import calibration_of, read_calibration, with_calibration, write_calibration
-from learner.stability.rule import EXACTLY_ONE, Calibration, Measured
+from learner.stability.rule import MAX_LAG, UNKNOWN_EXPONENT, Calibration, Measured
 from protocol import facts
-from protocol.config import Config, overridden, parse_config
+from protocol.config import Config, load_config, overridden, parse_config
 from protocol.errors import ConfigError
 from protocol.sweep import load_sweep
 from tests.analysis.recorded_steps import config_of, finished, journal, step
@@ -67,7 +67,9 @@ def test_the_exponent_of_s_is_the_one_that_is_given_or_the_one_that_is_found_or_
     assert found.lag_exponent.lower <= 0.5 <= found.lag_exponent.ceiling < 1
     given = Measured(0.7, 0.6, 0.8)
     assert calibrate_cells(as_root, 0.2, {}, given).lag_exponent == given
-    assert calibrate_cells([cell for cell in as_root if cell.max_lag == 4], 0.2, {}).lag_exponent == EXACTLY_ONE, "one S tells no exponent"
+    assert calibrate_cells([cell for cell in as_root if cell.max_lag == 4], 0.2, {}).lag_exponent == UNKNOWN_EXPONENT, (
+        "one S tells no exponent"
+    )
 
 
 def test_a_calibration_knows_how_straight_its_stable_runs_went() -> None:
@@ -75,6 +77,66 @@ def test_a_calibration_knows_how_straight_its_stable_runs_went() -> None:
     assert calibrate_cells(cells, 0.2, {}).straightness == pytest.approx(STRAIGHTNESS, rel=0.05)
     collapsed = [cell for cell in cells if cell.outcome == "collapsed"]
     assert calibrate_cells(collapsed, 0.2, {}).straightness == 1.0, "the worst case, where nothing is known"
+    assert (calibrate_cells(cells, 0.2, {}).calibrated_steps, calibrate_cells(collapsed, 0.2, {}).calibrated_steps) == (HORIZON, None)
+
+
+def test_s_is_the_lag_that_runs_reached_and_short_of_half_of_what_was_set_is_said() -> None:
+    for cell in make_sweep(lags=(1, 8, 32), seeds=(0,)):
+        assert record(cell).max_lag == cell.max_lag, "of cycles, one more than the lag at the last use"
+    queue = make_sweep(lags=(16,), pipeline="queue", seeds=(0,))
+    assert {record(cell).max_lag for cell in queue} == {16}
+    idle = [
+        msgspec.structs.replace(cell, rows=[msgspec.structs.replace(row, lag=min(row.lag, 2.25)) for row in cell.rows]) for cell in queue
+    ]
+    assert {record(cell).max_lag for cell in idle} == {3}
+    found = calibrate_cells(idle, 0.2, {})
+    assert (found.largest_lag_seen, calibrate_cells(queue, 0.2, {}).largest_lag_seen) == (3, 16)
+    assert f"{len(idle)} runs whose lag stayed below half of their S" in found.notes and "3 of 16" in found.notes
+    assert "stayed below" not in calibrate_cells(queue, 0.2, {}).notes
+    ended = msgspec.structs.replace(idle[0], rows=idle[0].rows[:2])
+    assert record(ended).max_lag == 16, "two steps are too few to see a lag of 16"
+
+
+def test_no_s_is_named_that_is_far_beyond_those_of_the_calibrating_runs() -> None:
+    config = overridden(config_of(), ["learner.lr=1.03e-9"])
+    known = msgspec.structs.replace(KNOWN, valid_for=fingerprint(config))
+    assert "largest S       3883495 [1941747, 7766990] at" in text_of(config, known)
+    seen = msgspec.structs.replace(known, largest_lag_seen=5)
+    assert "largest S       more than 20 [20, open] at" in text_of(config, seen)
+    endless = msgspec.structs.replace(known, lag_exponent=Measured(1e-3, 1e-3, 1e-3))
+    text = text_of(config, endless)
+    assert f"more than {MAX_LAG}" in text and "open] at" in text
+
+
+@pytest.mark.parametrize(
+    ("lr", "plain", "carried"), [(1e-6, "inside", "unknown"), (1e-3, "cannot tell", "cannot tell"), (0.1, "outside", "cannot tell")]
+)
+def test_constants_of_other_runs_call_nothing_inside_and_nothing_outside(lr: float, plain: str, carried: str) -> None:
+    config = overridden(config_of(), [f"learner.lr={lr}"])
+    known = msgspec.structs.replace(KNOWN, valid_for=fingerprint(config))
+    own, other = advise(config, known), advise(overridden(config, ["loss.clip_high=0.3"]), known)
+    assert (own.verdict, own.where.verdict, other.verdict, other.where.verdict) == (plain, plain, carried, plain)
+    headline = advice_lines(other)[0]
+    assert ("OUTSIDE" in headline, "inside the safe region" in headline) == (False, False)
+    assert (f"by their constants it would be {plain}" in headline) == (plain != carried)
+    check_strict(other)
+    assert json.loads(advice_json(other))["verdict"] == carried
+
+
+def test_the_surrogate_of_a_table_is_compared(tmp_path: Path) -> None:
+    write_cells(make_sweep(lags=(8, 32)), tmp_path / "cells.zst")
+    config = paper_config(8, 1e-9, 100)
+    found = calibrate_from([tmp_path / "cells.zst"], config)
+    assert "surrogate" not in advise(config, found).strange
+    other = overridden(config, ["loss.surrogate=min-clip"])
+    assert advise(other, found).strange["surrogate"] == ("clip", "min-clip")
+    assert "NOT LIKE THEM   surrogate: min-clip here, clip there" in text_of(other, found)
+
+
+def test_without_lag_what_would_tell_tells_of_the_horizon() -> None:
+    text = text_of(parse_config({"policy": {"max_lag": 0}}), None)
+    assert "R_crit is not calibrated (S = 0" in text and "importance ratios" not in text
+    assert "lags = [1]  # each batch used once, by the weights that sampled it: S = 0" in text
 
 
 def test_far_inside_and_far_outside_are_told_apart(tmp_path: Path) -> None:
@@ -195,7 +257,7 @@ def test_of_a_table_what_it_does_not_say_is_said_to_be_unknown(tmp_path: Path) -
     found = calibrate_from([tmp_path], config)
     assert len(found.runs) == len(make_sweep(lags=(8, 32)))
     assert "28 of 56 runs left out: 28 of another pipeline or surrogate" in found.notes
-    assert found.valid_for == {"pipeline": "cycles"}
+    assert found.valid_for == {"pipeline": "cycles", "surrogate": "clip"}
     text = text_of(config, found)
     assert "NOT KNOWN       whether they had this loss, optimizer, policy, rollout, task" in text
     assert "NOT LIKE" not in text and " None " not in text
@@ -244,7 +306,7 @@ def test_a_contrast_shows_what_differs_and_no_more() -> None:
 
 def test_strict_refuses_what_is_outside_and_nothing_else() -> None:
     for lr, is_refused in ((1e-6, False), (1e-3, False), (1e-1, True)):
-        advice = advise(overridden(config_of(), [f"learner.lr={lr}"]), KNOWN)
+        advice = advise(overridden(config_of(), [f"learner.lr={lr}"]), msgspec.structs.replace(KNOWN, valid_for=fingerprint(config_of())))
         if not is_refused:
             check_strict(advice)
             continue
@@ -257,17 +319,19 @@ def test_strict_refuses_what_is_outside_and_nothing_else() -> None:
 
 def test_strict_names_the_steps_where_the_horizon_is_what_breaks_and_no_edge_that_is_unknown() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_strict(advise(overridden(config_of(), ["run.steps=1000000"]), Calibration(horizon=KNOWN.horizon)))
+        known = Calibration(horizon=KNOWN.horizon, valid_for=fingerprint(config_of()))
+        check_strict(advise(overridden(config_of(), ["run.steps=1000000"]), known))
     assert caught.value.fix == "lower learner.lr or run.steps, or leave out --strict"
 
 
 @pytest.mark.system
 def test_up_strict_refuses_before_anything_is_made(cli: Any, write_config: Callable[..., Path], settings: Any, tmp_path: Path) -> None:
-    write_calibration(KNOWN, tmp_path / "known.json")
     stability = {"calibration": str(tmp_path / "known.json")}
     config = write_config(
         settings(run={"directory": str(tmp_path / "runs")}, stability=stability, policy={"max_lag": 2}, learner={"lr": 0.5})
     )
+    like = fingerprint(load_config(config))
+    write_calibration(msgspec.structs.replace(KNOWN, valid_for=like), tmp_path / "known.json")
     done = cli("up", str(config), "--strict")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "OUTSIDE the safe region" in done.stdout

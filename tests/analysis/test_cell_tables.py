@@ -60,7 +60,7 @@ def test_a_line_that_is_no_cell_is_named(cells: list[Cell], tmp_path: Path) -> N
     ("change", "words"),
     [
         ({"lr": 0.0}, "lr is 0.0"),
-        ({"max_lag": 0}, "max_lag is 0"),
+        ({"max_lag": -1}, "max_lag is -1"),
         ({"horizon": 0}, "horizon is 0"),
         ({"outcome": "collapsed", "collapse_step": None}, "its outcome is collapsed"),
         ({"outcome": "stable", "collapse_step": 7}, "its outcome is stable"),

@@ -50,6 +50,21 @@ def test_a_boundary_that_goes_as_one_over_s_is_predicted_within_the_factor(lag_e
     assert "12 of 12 predictions" in prediction_table(found, "").note
 
 
+def test_what_is_predicted_for_is_the_s_that_runs_reached(rng: np.random.Generator) -> None:
+    """However they were set: with no run above a lag of 2 all have one boundary."""
+    cells = [
+        msgspec.structs.replace(cell, rows=[msgspec.structs.replace(row, lag=min(row.lag, 2.0)) for row in cell.rows])
+        for cell in make_sweep(boundary_exponent=0.0, lags=(4, 8, 16), pipeline="queue")
+    ]
+    found = predict(cells, rng)
+    assert len(found) == 3 and all(one.is_right for one in found)
+
+
+def test_a_run_without_lag_is_looked_at_for_warnings_as_any_other() -> None:
+    cell = msgspec.structs.replace(make_sweep(lags=(1,), seeds=(0,))[0], max_lag=0)
+    assert warning_step(cell) is None
+
+
 def test_a_boundary_that_does_not_go_as_one_over_s_is_not_predicted_by_one_over_s(rng: np.random.Generator) -> None:
     cells = make_sweep(boundary_exponent=0.25, lags=(4, 32, 256), learning_rates=FINE, has_rows=True, horizon=2000)
     by_paper = {one.calibrated_on: one for one in predict(cells, rng, EXACTLY_ONE)}

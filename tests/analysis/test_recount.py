@@ -10,7 +10,7 @@ import pytest
 
 from analysis.recount import recount
 from analysis.report import finish_run
-from analysis.summary import summarize
+from analysis.summary import lines, summarize
 from broker.journal import Journal
 from protocol import facts
 from protocol.config import config_json, parse_config
@@ -142,6 +142,16 @@ def test_the_summary_says_what_the_journal_says(tmp_path: Path) -> None:
     assert any("0.250 -> 0.750 (+0.500)" in line for line in finished.lines)
     finished.check()
     assert {path.name for path in tmp_path.iterdir()} >= {"summary.json", "reward.png", "lag.png"}
+
+
+@pytest.mark.parametrize("num_first", [1, 2])
+def test_a_run_that_was_evaluated_at_one_step_only_has_no_reward_after(tmp_path: Path, num_first: int) -> None:
+    evaluated: list[tuple[facts.AnyFact, bytes]] = [(facts.Evaluated(0, 0.6, 8), b"")] * num_first
+    others = [entry for entry in history() if not isinstance(entry[0], facts.Evaluated)]
+    write(tmp_path, [*others[:3], *evaluated, *others[3:]])
+    summary = summarize(tmp_path)
+    assert (summary.heldout_reward_before, summary.heldout_reward_after) == (0.6, None)
+    assert "held-out reward  0.600 at first, not evaluated again" in lines(summary)
 
 
 def test_a_journal_of_a_run_that_never_began_has_a_summary_too(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_record_tells_the_collapse_that_the_run_itself_told(tmp_path: Path, nu
     [
         ({"reuse": 4}, "cycles", 4),
         ({"reuse": 1, "max_lag": 4}, "queue", 4),
-        ({"reuse": 1, "max_lag": 0}, "cycles", 1),  # S = 1 of the cycles: the synchronous run
+        ({"reuse": 1, "max_lag": 0}, "cycles", 0),  # The synchronous run: no weights but those that sampled.
         ({"reuse": 4, "max_lag": 9}, "cycles", 10),
     ],
 )

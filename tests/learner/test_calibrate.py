@@ -144,6 +144,12 @@ def test_straightness_is_the_way_of_a_stable_run_over_that_of_a_straight_path(al
     assert straightness(run_until(1.0, 8, 1e-7, num_steps, alpha)) == pytest.approx(num_steps ** (alpha - 1))
 
 
+def test_a_run_that_comes_back_went_as_far_as_it_ended_and_not_as_it_once_was() -> None:
+    out = run_until(1.0, 8, 1e-7, 100)
+    back = [step._replace(displacement=0.25 * 100 * 1e-7 * G_UPD) if step.step == 99 else step for step in out.steps]
+    assert straightness(out._replace(steps=back)) == pytest.approx(0.25)
+
+
 def test_straightness_is_not_known_of_runs_that_collapsed_or_did_not_measure_their_way() -> None:
     assert straightness(run_until(HORIZON, 8, 1e-6, 400)) is None
     assert straightness(outcome(8, 1e-6, False)) is None
@@ -262,7 +268,7 @@ def test_a_run_without_enough_drift_or_signal_gives_no_radius() -> None:
 def test_a_calibration_keeps_where_it_comes_from_and_survives_json() -> None:
     found = calibrate(table_2(), 0.2, {"policy": "Llama-3.2-1B"})
     assert found.runs == tuple(run.name for run in table_2()) and found.valid_for == {"policy": "Llama-3.2-1B"}
-    assert "gap" in found.notes and "censored" in found.notes
+    assert "gap" in found.notes and "censored" in found.notes and found.largest_lag_seen == 32
     assert msgspec.json.decode(msgspec.json.encode(found), type=Calibration) == found
     assert margins(found, 1e-7, 8, 100).verdict == "inside"
     assert margins(found, 1e-6, 32, 1000).verdict == "outside"

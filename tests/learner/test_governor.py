@@ -11,7 +11,8 @@ import pytest
 from learner.stability.governor import MARGIN, NOTCHES, RISE_AFTER, Governor, Held, live_bound, sqrt_ess
 from learner.stability.rule import Calibration, Measured, largest_lr
 
-LR = 1e-3
+LR = 2.0**-10
+"""A notch itself, so that what it is held at is whole notches below."""
 
 
 def exactly(value: float) -> Measured:
@@ -87,8 +88,8 @@ def test_a_bound_that_is_unknown_holds_what_was_held() -> None:
 
 
 def test_whatever_the_bounds_it_stays_below_schedule_and_bound_and_says_why_it_changes() -> None:
-    rng, governor, before, ups, downs = np.random.default_rng(0), Governor(), 0, 0, 0
-    bound = LR
+    rng, governor, ups, downs = np.random.default_rng(0), Governor(), 0, 0
+    bound, cap = LR, math.inf
     for step in range(5000):
         scheduled = LR * (1 + math.cos(step / 500)) / 2 + 1e-9
         if rng.random() < 0.02:
@@ -98,12 +99,58 @@ def test_whatever_the_bounds_it_stays_below_schedule_and_bound_and_says_why_it_c
         assert 0 < held.lr <= scheduled
         if known:
             assert held.lr <= bound * (1 + 1e-8)
-        steps = round(notches(held, scheduled))
-        assert notches(held, scheduled) == pytest.approx(steps, abs=1e-6)
-        assert (held.reason == "") == (steps == before)
-        assert steps >= before - 1, "up by one notch at a time"
-        ups, downs, before = ups + (steps < before), downs + (steps > before), steps
+        before, cap = min(scheduled, cap), math.inf if governor.cap is None else 2 ** (governor.cap / NOTCHES)
+        assert held.lr == min(scheduled, cap)
+        assert (held.reason == "") == (held.lr == before), "what the governor does is told, and what the schedule does is not"
+        assert held.lr <= before * 2 ** (1 / NOTCHES) * (1 + 1e-8), "up by one notch at a time"
+        ups, downs = ups + (held.lr > before), downs + (held.lr < before)
     assert ups > 5 and downs > 5
+
+
+def test_a_schedule_that_decays_is_not_held_down_further_than_the_cap() -> None:
+    governor = Governor()
+    for step in range(1000):
+        scheduled = LR * (1 - step / 1000)
+        held = governor.hold(scheduled, holding(LR / 2), step, "because")
+        assert held.lr == min(scheduled, LR / 2)
+        assert bool(held.reason) == (step == 0)
+
+
+def test_a_cap_that_the_schedule_has_left_for_long_is_given_up_without_a_word_and_comes_back_with_one() -> None:
+    governor = Governor()
+    assert governor.hold(LR, holding(LR / 2), 0, "").reason
+    for step in range(1, 2 + RISE_AFTER):
+        assert governor.hold(LR / 8, holding(LR / 2), step, "") == Held(LR / 8, "")
+    assert governor.cap is None
+    assert governor.hold(LR, holding(LR / 2), 99, "again") == Held(LR / 2, f"lowered from {LR:.3g} to {LR / 2:.3g}: again")
+
+
+def test_a_rollback_halves_what_is_held_and_not_only_the_schedule() -> None:
+    governor = Governor()
+    governor.hold(LR, holding(LR / 4), 0, "")
+    assert governor.hold(LR / 2, holding(LR / 4), 1, "", scale=0.5) == Held(LR / 8, "")
+    assert governor.hold(LR / 2, holding(LR / 16), 2, "why", scale=0.5).lr == LR / 16
+
+
+def test_a_bound_too_small_for_a_number_holds_what_was_held() -> None:
+    assert Governor().hold(LR, exactly(5e-324), 0, "") == Held(LR, "")
+
+
+def test_between_two_notches_the_last_rise_ends_at_the_schedule() -> None:
+    governor, scheduled, found = Governor(), 0.9 * LR, []
+    governor.hold(scheduled, holding(LR / 2), 0, "")
+    for step in range(1, 400):
+        held = governor.hold(scheduled, holding(scheduled), step, "")
+        found += [held.lr] if held.reason else []
+    assert found == pytest.approx([LR * 2 ** (-3 / 4), LR * 2 ** (-2 / 4), LR * 2 ** (-1 / 4), scheduled])
+    assert governor.cap is None
+
+
+def test_a_shorter_run_is_bound_as_one_that_goes_straighter() -> None:
+    calibration = Calibration(horizon=exactly(1.0), straightness=0.1, calibrated_steps=1000.0)
+    for num_steps, counted in ((10, 10), (100, 10**1.5), (1000, 100), (4000, 400)):
+        bound = live_bound(calibration, 0, num_steps, None)
+        assert bound is not None and bound.value == pytest.approx(1 / counted)
 
 
 def test_a_governor_goes_on_from_json() -> None:

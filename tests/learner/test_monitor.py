@@ -16,7 +16,8 @@ from learner.stability.rule import Calibration, Measured
 from learner.stability.signs import CLIPPED_SHARE, FAR_NATS
 from protocol.config import Config, parse_config
 
-LR = 1e-3
+LR = 2.0**-10
+"""A notch of the governor."""
 STEPS = 1000
 
 
@@ -61,9 +62,9 @@ def kinds(notes: list[Note]) -> list[str]:
 
 def test_measures_are_those_of_the_step() -> None:
     monitor = Monitor(make_config(), None)
-    found = monitor.moved(0, LR, seen(drift=0.25), signal(), Moved(3e-3, None, 7e-3, {1: 3e-3}))
-    assert found == {"update_norm": 3e-3, "displacement": 7e-3, "g_upd": pytest.approx(3.0), "g_2": pytest.approx(3.0), "drift": 0.25}
-    found = monitor.moved(1, LR / 2, seen(drift=None), signal(), Moved(0.5e-3, 0.75, 7e-3, {1: 3e-3}))
+    found = monitor.moved(0, LR, seen(drift=0.25), signal(), Moved(3 * LR, None, 7e-3, {1: 3 * LR}))
+    assert found == {"update_norm": 3 * LR, "displacement": 7e-3, "g_upd": pytest.approx(3.0), "g_2": pytest.approx(3.0), "drift": 0.25}
+    found = monitor.moved(1, LR / 2, seen(drift=None), signal(), Moved(LR / 2, 0.75, 7e-3, {1: 3 * LR}))
     assert found["g_upd"] == pytest.approx(1.0)
     assert found["g_2"] == pytest.approx(math.sqrt((3.0**2 + 1.0**2) / 2))
     assert found["cosine_new_batch"] == 0.75
@@ -88,6 +89,14 @@ def test_g_2_is_taken_over_the_window_only() -> None:
     for step in range(WINDOW):
         monitor.moved(step, LR, seen(), signal(), straight(step, LR))
     assert monitor.g_2 == pytest.approx(1.0)
+
+
+def test_an_update_that_was_skipped_is_no_part_of_g_2() -> None:
+    monitor = Monitor(make_config(), None)
+    for step in range(10):
+        found = monitor.moved(step, LR, seen(), signal(), straight(step, 2 * LR if step % 2 else 0.0))
+    assert monitor.state.g_upd == [pytest.approx(2.0)] * 5
+    assert found["g_2"] == pytest.approx(2.0)
 
 
 def test_a_straight_path_has_exponent_one_and_a_random_one_half() -> None:
@@ -208,6 +217,16 @@ def test_a_collapse_is_told_once_whatever_the_governor(governor: str) -> None:
     (collapse,) = [note for note in notes if note.kind == "collapse"]
     assert collapse.values == {"since": 10, "last_good": 9}
     assert kinds(notes) == ["collapse"]
+
+
+def test_a_collapse_is_told_at_its_step_without_a_learning_rate_too() -> None:
+    told = []
+    for lr in (LR, 0.0):
+        monitor = Monitor(make_config(), None)
+        for step in range(40):
+            go(monitor, step, seen(reward=0.5 if step < 10 else 0.0), lr=LR if step < 10 else lr)
+            told += [(step, note.values["since"]) for note in monitor.take_notes() if note.kind == "collapse"]
+    assert len(told) == 2 and told[0] == told[1]
 
 
 def test_a_collapse_that_was_none_is_told_again_if_it_happens() -> None:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.stability.rule import Calibration, Measured, differences, divide, largest_lag, largest_lr, margins, smallest
+from learner.stability.rule import (
+    UNKNOWN_EXPONENT,
+    Calibration,
+    Measured,
+    differences,
+    divide,
+    largest_lag,
+    largest_lr,
+    margins,
+    smallest,
+)
 from protocol.errors import ConfigError
 
 PAPER = Calibration(
@@ -136,6 +146,37 @@ def test_the_horizon_counts_steps_as_straight_as_the_runs_it_came_from() -> None
     assert margins(half, 1e-7, 8, 320).horizon == margins(PAPER, 1e-7, 8, 160).horizon
     assert margins(half, 1e-7, 8, 320).batch == margins(PAPER, 1e-7, 8, 160).batch
     assert largest_lr(half, 0, 200) == largest_lr(PAPER, 0, 100)
+
+
+def test_shorter_runs_go_straighter_by_the_root_of_their_length_and_longer_ones_are_counted_as_the_calibrating_ones() -> None:
+    calibration = msgspec.structs.replace(PAPER, straightness=0.25, calibrated_steps=1600.0)
+    steps = {num_steps: calibration.effective_horizon(num_steps).value for num_steps in (1, 100, 400, 1600, 6400)}
+    assert steps == pytest.approx({1: 1, 100: 100, 400: 200, 1600: 400, 6400: 1600})
+    counts = [calibration.effective_horizon(num_steps).value for num_steps in range(1, 3000)]
+    assert counts == sorted(counts), "more steps never lead less far"
+    constant = msgspec.structs.replace(calibration, calibrated_steps=None)
+    assert [margins(one, 2e-7, 0, 400).verdict for one in (constant, calibration)] == ["inside", "outside"]
+
+
+def test_an_exponent_that_is_not_known_widens_what_is_said_at_another_s_and_nothing_at_the_same() -> None:
+    known = msgspec.structs.replace(PAPER, reference_lag=8.0)
+    calibration = msgspec.structs.replace(known, lag_exponent=UNKNOWN_EXPONENT)
+    assert margins(calibration, 1e-7, 8, 100) == margins(known, 1e-7, 8, 100)
+    there = margins(calibration, 1e-7, 32, 100).batch.ratio
+    exact = margins(known, 1e-7, 32, 100).batch.ratio
+    assert there is not None and exact is not None and there.value == exact.value
+    assert there.lower < exact.lower / 2.5 and there.ceiling > 2.5 * exact.ceiling
+    assert [margins(one, 1e-8, 64, 100).batch.verdict for one in (known, calibration)] == ["inside", "cannot tell"]
+
+
+def test_far_beyond_the_largest_s_of_the_calibrating_runs_nothing_is_inside() -> None:
+    calibration = msgspec.structs.replace(PAPER, largest_lag_seen=4)
+    lr = 1e-9
+    assert [margins(calibration, lr, lag, 100).batch.verdict for lag in (0, 4, 16, 17)] == ["inside", "inside", "inside", "cannot tell"]
+    assert margins(calibration, lr, 17, 100).verdict == "cannot tell"
+    assert margins(PAPER, lr, 17, 100).verdict == "inside", "where it is not known how far they went"
+    assert margins(calibration, 1e-3, 17, 100).batch.verdict == "outside"
+    assert largest_lag(calibration, 1.03e-9, 100) == (2135, 16, 3106, "inside")
 
 
 def test_a_measured_lag_exponent_carries_its_interval_away_from_the_reference() -> None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Received = tuple[messages.ToLearner, bytes]
 
+NOTE_EVERY = 3
+"""Steps between two commits that come with a note."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -195,7 +198,8 @@ class SimulatedLearner(Process):
         self.world.steps_of_roots[self.state.root] = step + 1
         if self._pacing.publishes(step + 1):
             yield from self._publish(step + 1)
-        self._uncommitted[step] = messages.CommitStep(step, ready.batch, lags, {"loss": 0.5})
+        notes = [messages.Note("warning", f"noted at step {step}", {"loss": 0.5})] if step % NOTE_EVERY == NOTE_EVERY - 1 else []
+        self._uncommitted[step] = messages.CommitStep(step, ready.batch, lags, {"loss": 0.5}, notes)
         if self._plan.eval_every and (step + 1) % self._plan.eval_every == 0:
             yield from self._exchange(lambda: [messages.Evaluation(step + 1, 0.5, 8)], messages.EvaluationNoted, _about(step + 1))
 
