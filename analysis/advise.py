@@ -213,6 +213,7 @@ def record(cell: Cell) -> RunRecord:
         cell.collapse_step,
         cell.horizon,
         [_measure(row) for row in cell.rows],
+        unseen=2 * cell.max_lag if cell.pipeline == "queue" else cell.max_lag,
     )
 
 

@@ -49,6 +49,9 @@ class RunRecord(NamedTuple):
     collapse_step: int | None
     num_steps: int
     steps: Sequence[StepMeasure]
+    unseen: int = 0
+    """Rewards up to this step are of weights that were trained on nothing but what the first weights sampled; of a queue these are the first 2 S
+    steps, S to train them and S until what they sampled is used. At least S counts."""
 
 
 class HorizonFit(NamedTuple):
@@ -126,7 +129,7 @@ def fit_horizon(runs: Sequence[RunRecord]) -> HorizonFit:
     So it is with fewer than 3 collapses. Runs that collapsed within their first S steps are left out: all they trained on was sampled by the first
     weights, so that the batch constraint broke them, before any horizon could.
     """
-    late = [run for run in runs if run.collapse_step is None or run.collapse_step > run.max_lag]
+    late = [run for run in runs if run.collapse_step is None or run.collapse_step > max(run.max_lag, run.unseen)]
     found = [(run, ends) for run in late if (ends := travelled(run)) is not None and ends[1] > 0]
     collapsed = [(_log(low), math.log(high)) for run, (low, high) in found if run.collapsed]
     stable = [(math.log(low), math.inf) for run, (low, _) in found if not run.collapsed and low > 0]
