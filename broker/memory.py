@@ -24,7 +24,7 @@ from protocol.ports import Clock, ReceivedBatch
 from protocol.weights import BlobRef, PolicyVersion
 
 log = logging.getLogger("learner")
-AHEAD_SECONDS = 10.0
+AHEAD_SECONDS = 2.0
 TURN_SECONDS = 0.002
 """How long the learner lets the event loop turn before it asks again."""
 
@@ -199,14 +199,15 @@ class MemoryLearnerPort:
     def _let_actors_run_ahead(self, while_waiting: Callable[[], None]) -> None:
         """Nothing runs beside the learner here: without this actors would be only as far ahead as a batch took them, not as far as max_lag allows.
 
-        They are where they can come to with the newest version: they hold it, and no ticket is out. Ends after AHEAD_SECONDS in any case.
+        They are where they can come to with the newest version: they hold it (or an orphaned one
+        beyond it), and have no ticket. Ends after AHEAD_SECONDS in any case.
         """
         ledger, clock = self._memory.broker.ledger, self._memory.clock
         until = clock.monotonic() + AHEAD_SECONDS
         while clock.monotonic() < until:
             newest = ledger.versions.newest
-            is_behind = newest is not None and any(actor.version != newest.number for actor in ledger.actors.values())
-            if not is_behind and not ledger.tickets.counts.outstanding:
+            actors = ledger.actors.values()
+            if not any(actor.tickets or (newest is not None and actor.version < newest.number) for actor in actors):
                 return
             while_waiting()
             self._turn(TURN_SECONDS)

@@ -71,7 +71,7 @@ def test_the_checkpoint_may_lie_between_two_versions(make_recording: Callable[..
     recording = make_recording(run={"steps": 8}, policy=policy, learner={"checkpoint_every": 2})
     found, _ = replay(recording, first=4)
     assert (found.first, found.results[0].num_compared, found.results[0].num_equal) == (4, 1, 1)
-    plant(recording, 4)
+    plant(recording, 5)
     with pytest.raises(Exception, match=r"taken at step 6.* elements in"):
         replay(recording, first=4)
 
