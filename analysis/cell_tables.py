@@ -19,7 +19,6 @@ import zstandard
 from analysis.cells import Cell
 from protocol.errors import ConfigError
 
-FILE_NAME: Final = "cells.jsonl.zst"
 FINAL_STEPS: Final = 20
 """The final reward of a run is its mean over this many last steps."""
 COLUMNS: Final = (

@@ -199,8 +199,8 @@ class MemoryLearnerPort:
     def _let_actors_run_ahead(self, while_waiting: Callable[[], None]) -> None:
         """Nothing runs beside the learner here: without this actors would be only as far ahead as a batch took them, not as far as max_lag allows.
 
-        They are where they can come to with the newest version: they hold it (or an orphaned one
-        beyond it), and have no ticket. Ends after AHEAD_SECONDS in any case.
+        They are as far as they can come with the newest version when they hold it, or an orphaned one beyond it, and have no ticket. Ends after
+        AHEAD_SECONDS in any case.
         """
         ledger, clock = self._memory.broker.ledger, self._memory.clock
         until = clock.monotonic() + AHEAD_SECONDS

@@ -26,7 +26,6 @@ from protocol.config import Config, config_json
 from protocol.errors import Collapsed, ConfigError, SlipstreamError
 from protocol.sweep import CellPlan, SweepConfig
 
-SUMMARY = "summary.json"
 POLL_SECONDS = 0.1
 END_SECONDS = 10.0
 
@@ -95,7 +94,7 @@ class Sweep:
     def _is_done(self, plan: CellPlan) -> bool:
         """Raises ConfigError for a run of another configuration under this name."""
         run = RunDirectory(self._folder / plan.name)
-        if not (run.path / SUMMARY).exists():
+        if not run.summary.exists():
             return False
         if (changed := difference(run.config(), with_calibration(plan.config))) is not None:
             field, then, now = changed
