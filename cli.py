@@ -192,6 +192,7 @@ def prepare(settings: Path, folder: Path) -> None:
     """Train the supervised policy of a configuration into a folder."""
 
     from deploy.prepare import supervised_seed
+    from deploy.wiring import learner_device
     from learner.supervised import train_supervised
     from protocol.config import parse_config_json
     from tasks.registry import load_task
@@ -200,7 +201,8 @@ def prepare(settings: Path, folder: Path) -> None:
     config = parse_config_json(settings.read_text())
     task = load_task(config.task.name, config.task.options)
     threads = min(os.cpu_count() or 1, 4)
-    train_supervised(task, config.supervised, config.rollout.max_tokens, supervised_seed(config), threads, folder)
+    seed, device = supervised_seed(config), learner_device(config)
+    train_supervised(task, config.supervised, config.rollout.max_tokens, seed, threads, folder, device)
 
 
 @app.command()

@@ -33,8 +33,10 @@ OVERSHOOT = 0.05
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
 
-def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed: int, threads: int, folder: Path) -> float:
-    """Train a small Llama on the task's solutions and save it in `folder`; returns its held-out reward.
+def train_supervised(
+    task: Task, config: SupervisedConfig, max_tokens: int, seed: int, threads: int, folder: Path, device: torch.device
+) -> float:
+    """Train a small Llama on the task's solutions, on `device`, and save it in `folder`; returns its held-out reward.
 
     Stops at the first evaluation that reaches config.target_reward. Raises TaskError if max_steps do not get there.
     """
@@ -42,7 +44,7 @@ def train_supervised(task: Task, config: SupervisedConfig, max_tokens: int, seed
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = character_tokenizer(_texts(task))
-    model = _small_llama(tokenizer, config, task, max_tokens)
+    model = _small_llama(tokenizer, config, task, max_tokens).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     reward, lr = 0.0, config.lr
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -123,10 +125,9 @@ def _solution_loss(model: Any, tokenizer: Any, examples: list[tuple[str, str]]) 
         for prompt, (_, solution) in zip(prompts, examples, strict=True)
     ]
     longest = max(len(row) for row in rows)
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    labels = torch.tensor(
-        [[-100] * len(prompt) + row[len(prompt) :] + [-100] * (longest - len(row)) for prompt, row in zip(prompts, rows, strict=True)]
-    )
-    loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    ids = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    labels = [[-100] * len(prompt) + row[len(prompt) :] + [-100] * (longest - len(row)) for prompt, row in zip(prompts, rows, strict=True)]
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    loss: torch.Tensor = model(**{name: torch.tensor(values, device=model.device) for name, values in inputs.items()}).loss
     return loss

@@ -11,6 +11,11 @@ import blake3
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.keyed import KeyedPermutation
+
+MAX_SHUFFLED = 1 << 20
+"""Prompts whose order is held in memory (8 MB). A generated task may have any number of them; the order of more is computed place by place."""
+
 
 def ticket_seed(run_seed: int, ticket: int) -> int:
     """A 62-bit seed for all completions of one ticket; completion i of an engine may use seed + i."""
@@ -21,10 +26,17 @@ def ticket_seed(run_seed: int, ticket: int) -> int:
 def prompt_index(run_seed: int, ticket: int, num_prompts: int) -> int:
     """The training prompt of a ticket: each epoch of `num_prompts` tickets is a fresh permutation of all prompts."""
     epoch, position = divmod(ticket, num_prompts)
-    return int(_permutation(run_seed, epoch, num_prompts)[position])
+    return int(
+        _shuffled(run_seed, epoch, num_prompts)[position] if num_prompts <= MAX_SHUFFLED else _order(run_seed, epoch, num_prompts)(position)
+    )
 
 
 @lru_cache(maxsize=2)
-def _permutation(run_seed: int, epoch: int, num_prompts: int) -> NDArray[np.int64]:
+def _shuffled(run_seed: int, epoch: int, num_prompts: int) -> NDArray[np.int64]:
     key = int.from_bytes(blake3.blake3(f"prompts/{run_seed}/{epoch}".encode()).digest(length=16), "little")
     return np.random.Generator(np.random.Philox(key=key)).permutation(num_prompts)
+
+
+@lru_cache(maxsize=2)
+def _order(run_seed: int, epoch: int, num_prompts: int) -> KeyedPermutation:
+    return KeyedPermutation(num_prompts, blake3.blake3(f"prompts/{run_seed}/{epoch}".encode()).digest())

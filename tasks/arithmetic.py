@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from protocol.errors import ConfigError
+from protocol.keyed import MAX_SEED, KeyedPermutation, split_key
 from tasks.base import Problem, check_index
-from tasks.keyed import MAX_SEED, KeyedPermutation, split_key
 from tasks.options import check_whole_number
 
 _OPERATIONS = "+-*"

@@ -7,8 +7,8 @@ from typing import Any
 from blake3 import blake3
 
 from protocol.errors import ConfigError, TaskError
+from protocol.keyed import MAX_SEED, split_key
 from tasks.base import Problem, check_index
-from tasks.keyed import MAX_SEED, split_key
 from tasks.math_answer import final_answer, is_correct, parse_reference
 from tasks.options import check_whole_number
 from tasks.rows import Row, Source, read_rows

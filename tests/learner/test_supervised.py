@@ -19,6 +19,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.prompts import encode_prompt
 
+CPU = torch.device("cpu")
 MINUTE = {"hidden_size": 32, "layers": 1, "heads": 2, "batch_size": 64, "lr": 5e-3}
 
 
@@ -69,7 +70,7 @@ def test_a_character_the_vocabulary_does_not_have_is_one_unknown_token() -> None
 def test_training_reaches_a_low_target_and_leaves_a_folder_that_loads(tmp_path: Path) -> None:
     task = Arithmetic(digits=1, heldout=40)
     config = SupervisedConfig(target_reward=0.15, max_steps=600, **MINUTE)
-    reward = train_supervised(task, config, 4, seed=0, threads=1, folder=tmp_path)
+    reward = train_supervised(task, config, 4, seed=0, threads=1, folder=tmp_path, device=CPU)
     assert reward >= 0.15
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -85,7 +86,7 @@ def test_the_same_seed_trains_the_same_policy(tmp_path: Path) -> None:
     config = SupervisedConfig(target_reward=0.01, max_steps=600, **MINUTE)
     models = []
     for name in ("a", "b"):
-        train_supervised(task, config, 4, seed=3, threads=1, folder=tmp_path / name)
+        train_supervised(task, config, 4, seed=3, threads=1, folder=tmp_path / name, device=CPU)
         models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
@@ -93,7 +94,7 @@ def test_the_same_seed_trains_the_same_policy(tmp_path: Path) -> None:
 def test_a_target_that_is_not_reached_is_a_task_error_and_leaves_no_policy(tmp_path: Path) -> None:
     config = SupervisedConfig(target_reward=1.0, max_steps=50, **MINUTE)
     with pytest.raises(TaskError, match="50 supervised steps"):
-        train_supervised(Arithmetic(digits=1, heldout=40), config, 4, seed=0, threads=1, folder=tmp_path / "policy")
+        train_supervised(Arithmetic(digits=1, heldout=40), config, 4, seed=0, threads=1, folder=tmp_path / "policy", device=CPU)
     assert not (tmp_path / "policy").exists()
 
 
@@ -107,7 +108,7 @@ def test_the_last_step_is_evaluated_even_between_two_evaluations(tmp_path: Path)
         def reward(self, problem: Problem, completion: str) -> float:
             return 1.0
 
-    assert train_supervised(Easy(digits=1, heldout=40), config, 2, seed=0, threads=1, folder=tmp_path) == 1.0
+    assert train_supervised(Easy(digits=1, heldout=40), config, 2, seed=0, threads=1, folder=tmp_path, device=CPU) == 1.0
 
 
 # --- held-out evaluation

@@ -3,12 +3,14 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.sampling import prompt_index, ticket_seed
+from protocol.sampling import MAX_SHUFFLED, prompt_index, ticket_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_SEEDS = st.integers(0, 2**63 - 1)
@@ -31,6 +33,20 @@ def test_epochs_and_runs_have_different_orders() -> None:
 def test_the_order_of_asking_does_not_matter(seed: int, tickets: list[int], num_prompts: int) -> None:
     forward = {ticket: prompt_index(seed, ticket, num_prompts) for ticket in tickets}
     assert forward == {ticket: prompt_index(seed, ticket, num_prompts) for ticket in reversed(tickets)}
+
+
+@pytest.mark.parametrize("num_prompts", [MAX_SHUFFLED + 1, 10**10 - 256, 10**18])
+def test_the_prompts_of_a_generated_task_need_no_memory_however_many_they_are(num_prompts: int) -> None:
+    tracemalloc.start()
+    try:
+        epochs = [[prompt_index(5, epoch * num_prompts + i, num_prompts) for i in range(500)] for epoch in range(2)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+    assert all(len(set(epoch)) == 500 and min(epoch) >= 0 and max(epoch) < num_prompts for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [prompt_index(6, i, num_prompts) for i in range(500)]
 
 
 def test_the_seeds_of_tickets_and_runs_are_all_different() -> None:

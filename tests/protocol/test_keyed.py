@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.keyed import KeyedPermutation, split_key
+from protocol.keyed import KeyedPermutation, split_key
 
 
 @settings(max_examples=60, deadline=None)
