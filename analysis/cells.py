@@ -33,6 +33,8 @@ class StepRow(Struct, frozen=True, array_like=True):
     effective_sample_size: float | None
     kl_behaviour: float | None
     entropy: float | None
+    completion_length: float | None = None
+    """Mean over the batch's completions, in tokens."""
 
 
 class Cell(Struct, frozen=True):

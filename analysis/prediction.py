@@ -113,7 +113,8 @@ def warning_step(cell: Cell) -> int | None:
     for row in cell.rows:
         if row.reward is None or row.g_upd is None or row.displacement is None:
             continue
-        seen = BatchSeen(row.is_first_use, row.reward, cell.num_completions, cell.max_lag, row.drift)
+        length = row.completion_length or 0.0
+        seen = BatchSeen(row.is_first_use, row.reward, cell.num_completions, cell.max_lag, row.drift, row.lag, length)
         signal = Signal(row.clip_fraction or 0.0, row.kl_behaviour or 0.0, row.effective_sample_size or 0.0)
         monitor.moved(row.step, row.lr, seen, signal, Moved(row.g_upd * row.lr, row.cosine, row.displacement, {}))
         if any(note.kind == "warning" for note in monitor.take_notes()):

@@ -124,6 +124,7 @@ def _row(fact: facts.StepCommitted, *, is_first_use: bool) -> StepRow:
         effective_sample_size=measured.get("effective_sample_size"),
         kl_behaviour=measured.get("kl_behaviour"),
         entropy=measured.get("entropy"),
+        completion_length=measured.get("completion_length"),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -56,7 +57,9 @@ class Watch:
         total = sum(batch.version_tokens.values())
         known = [(tokens, distance) for at, tokens in batch.version_tokens.items() if (distance := distances[at]) is not None]
         drift = sum(tokens * distance for tokens, distance in known) / total if total and len(known) == len(distances) else None
-        return BatchSeen(step == pacing.first_use(batch.number), batch.facts["reward"], len(batch.sequences), lag, drift)
+        now = step - fmean(batch.oldest_steps or [step])
+        length = fmean([sequence.token_ids.size for sequence in batch.sequences] or [0])
+        return BatchSeen(step == pacing.first_use(batch.number), batch.facts["reward"], len(batch.sequences), lag, drift, now, length)
 
     # --- checkpoints
 

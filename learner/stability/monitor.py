@@ -43,7 +43,8 @@ class Note(NamedTuple):
 
 
 class BatchSeen(NamedTuple):
-    """A batch at a step that uses it. `lag` is the largest that any of its groups will have at its last use, as the rule counts it."""
+    """A batch at a step that uses it. `lag` is the largest that any of its groups will have at its last use, as the rule counts it;
+    `lag_now` what they have at this step, the mean over them; `completion_length` the mean over its completions, in tokens."""
 
     is_first_use: bool
     reward: float
@@ -51,6 +52,8 @@ class BatchSeen(NamedTuple):
     lag: int
     drift: float | None
     """|theta_t - phi| before the update, the mean over its tokens; None where a sketch is missing."""
+    lag_now: float
+    completion_length: float
 
 
 class Signal(NamedTuple):
@@ -106,7 +109,7 @@ class Monitor:
         self, config: Config, calibration: Calibration | None, state: State | None = None, rollbacks: Sequence[Rollback] = ()
     ) -> None:
         self._rollbacks = rollbacks
-        self._settings, self._num_steps, self._surrogate = config.stability, config.run.steps, config.loss.surrogate
+        self._settings, self._num_steps = config.stability, config.run.steps
         self._calibration = calibration or Calibration()
         self.state = state or State(Collapse(), Governor())
         self.state.collapse.best = max([self.state.collapse.best, *(back.level for back in rollbacks)])
@@ -177,7 +180,7 @@ class Monitor:
         if ahead.steps_left is not None:
             found["steps_left"] = float(ahead.steps_left)
         if self._settings.governor != "off":
-            self._tell(step, "warning", signs(self._surrogate, signal.clip_fraction, signal.kl_behaviour), found)
+            self._tell(step, "warning", signs(signal.kl_behaviour, seen.completion_length, seen.lag_now), found)
             self._tell(step, "region", broken(where, ahead, self._num_steps - step - 1), found)
         return found
 

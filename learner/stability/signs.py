@@ -5,23 +5,26 @@ What the sign is worth is measured on sweeps, see docs/reproduction.md, which al
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from learner.stability.forecast import Forecast
 from learner.stability.rule import Margins
 
-CLIPPED_SHARE: Final = {"clip": 0.4, "min-clip": 0.2}
-"""By surrogate; min-clip clips a token outside the range on one side only, that of its advantage."""
-FAR_NATS: Final = 0.7
+FAR_NATS: Final = 1.1
+"""Of a completion's divergence from what sampled it, at lag 1; the threshold grows with the square root of the lag."""
 
 
-def signs(surrogate: str, clip_fraction: float, kl_behaviour: float) -> dict[str, str]:
-    """The sign that holds at a step, if it does: the batch's signal degenerates (31), because a large share of its tokens is outside the
-    clip range and the policy is far from the one that sampled them."""
-    if not (clip_fraction >= CLIPPED_SHARE[surrogate] and kl_behaviour >= FAR_NATS):  # which is also so of what is no number
+def signs(kl_behaviour: float, completion_length: float, lag: float) -> dict[str, str]:
+    """The sign that holds at a step, if it does: the policy is far from the one that sampled the batch, for the batch's lag.
+
+    `kl_behaviour` is in nats a token, `completion_length` the batch's mean in tokens, `lag` the mean over its groups at this step. Counted by
+    completion, since that is what is rewarded: a policy that is certain of most of its tokens is lost at a tenth of the nats a token.
+    """
+    far = kl_behaviour * completion_length
+    if not far >= FAR_NATS * math.sqrt(max(lag, 1.0)):  # which is also so of what is no number
         return {}
-    text = f"the batch's signal degenerates: {clip_fraction:.0%} of its tokens are clipped, {kl_behaviour:.2g} nats a token from what sampled it"
-    return {"signal": text}
+    return {"signal": f"the batch's signal degenerates: a completion is {far:.2g} nats from what sampled it, at lag {lag:.3g}"}
 
 
 def broken(where: Margins, ahead: Forecast, num_left: int) -> dict[str, str]:

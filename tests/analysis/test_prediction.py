@@ -24,7 +24,7 @@ from analysis.prediction import (
     warning_table,
 )
 from learner.stability.rule import EXACTLY_ONE, Measured, Verdict
-from learner.stability.signs import CLIPPED_SHARE, FAR_NATS
+from learner.stability.signs import FAR_NATS
 from tests.analysis.synthetic_sweep import make_sweep
 
 FINE = [4e-9 * 1.5**place for place in range(20)]
@@ -143,16 +143,17 @@ def small_cell(seed: int, num_steps: int, bad: Sequence[int], collapse: int | No
             step=step,
             reward=0.0 if collapse is not None and step >= collapse else 0.5,
             lr=1e-3,
-            lag=2.0,
+            lag=4.0,
             is_first_use=True,
             cosine=None,
             g_upd=1.0,
             drift=0.0,
             displacement=1e-3 * step,
-            clip_fraction=max(CLIPPED_SHARE.values()) if step in bad else 0.0,
+            clip_fraction=0.0,
             effective_sample_size=None,
-            kl_behaviour=FAR_NATS if step in bad else 0.0,
+            kl_behaviour=2 * FAR_NATS / 8 if step in bad else 0.0,
             entropy=None,
+            completion_length=8.0,
         )
         for step in range(num_steps)
     ]
@@ -198,12 +199,13 @@ def test_warnings_are_counted_by_arm_and_together_without_runs_that_were_held() 
     ]
 
 
-@pytest.mark.parametrize("surrogate", sorted(CLIPPED_SHARE))
-def test_a_cell_is_warned_of_by_the_threshold_of_its_surrogate(surrogate: str) -> None:
-    cell = small_cell(1, 20, bad=[5], surrogate=surrogate)
-    for share, expected in ((CLIPPED_SHARE[surrogate], 5), (CLIPPED_SHARE[surrogate] - 1e-9, None)):
-        rows = [msgspec.structs.replace(row, clip_fraction=share) for row in cell.rows]
-        assert warning_step(msgspec.structs.replace(cell, rows=rows)) == expected
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, 5), ({"lag": 5.0}, None), ({"completion_length": 7.0}, None), ({"kl_behaviour": 0.1}, None)]
+)
+def test_a_cell_is_warned_of_by_its_divergence_a_completion_for_its_lag(changes: dict[str, float], expected: int | None) -> None:
+    cell = small_cell(1, 20, bad=[5])
+    rows = [msgspec.structs.replace(row, **changes) if row.step == 5 else row for row in cell.rows]
+    assert warning_step(msgspec.structs.replace(cell, rows=rows)) == expected
 
 
 @pytest.mark.parametrize("pipeline", ["queue", "cycles"])

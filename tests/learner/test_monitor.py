@@ -13,7 +13,7 @@ from learner.stability.collapse import LEVEL_BATCHES
 from learner.stability.governor import MARGIN
 from learner.stability.monitor import LOOK_EVERY, WINDOW, BatchSeen, Monitor, Moved, Note, Rollback, Signal, State
 from learner.stability.rule import Calibration, Measured
-from learner.stability.signs import CLIPPED_SHARE, FAR_NATS
+from learner.stability.signs import FAR_NATS
 from protocol.config import Config, parse_config
 
 LR = 2.0**-10
@@ -29,15 +29,18 @@ def make_config(**stability: Any) -> Config:
     return parse_config({"run": {"steps": STEPS}, "policy": {"max_lag": 3}, "stability": {"on_collapse": "continue"} | stability})
 
 
-def seen(reward: float = 0.5, lag: int = 3, is_first_use: bool = True, drift: float | None = 0.1) -> BatchSeen:
-    return BatchSeen(is_first_use, reward, 64, lag, drift)
+LENGTH = 10.0
+
+
+def seen(reward: float = 0.5, lag: int = 3, is_first_use: bool = True, drift: float | None = 0.1, lag_now: float = 1.0) -> BatchSeen:
+    return BatchSeen(is_first_use, reward, 64, lag, drift, lag_now, LENGTH)
 
 
 def signal(clip_fraction: float = 0.0, kl_behaviour: float = 0.0, ess: float = 1.0) -> Signal:
     return Signal(clip_fraction, kl_behaviour, ess)
 
 
-DEGENERATE = signal(max(CLIPPED_SHARE.values()), FAR_NATS)
+DEGENERATE = signal(kl_behaviour=FAR_NATS / LENGTH)
 
 
 def straight(step: int, norm: float = LR) -> Moved:
@@ -173,6 +176,13 @@ def test_a_sign_is_told_once_while_it_lasts_and_again_when_it_returns_after_a_wh
         go(monitor, step, said=DEGENERATE if holds else signal())
         told += [(step, note.kind) for note in monitor.take_notes()]
     assert told == [(10, "warning"), (21 + 2 * WINDOW, "warning")], "what held within the last steps is not news"
+
+
+def test_a_sign_is_looked_for_at_the_lag_of_the_step_and_not_at_that_of_the_last_use() -> None:
+    for lag_now, expected in ((1.0, ["warning"]), (2.0, [])):
+        monitor = Monitor(make_config(), None)
+        go(monitor, 0, seen(lag=16, lag_now=lag_now), DEGENERATE)
+        assert kinds(monitor.take_notes()) == expected
 
 
 def test_a_sign_and_a_broken_constraint_are_told_one_by_one() -> None:

@@ -140,7 +140,7 @@ def monitor(*rollbacks: Rollback) -> Monitor:
 
 
 def seen(reward: float) -> BatchSeen:
-    return BatchSeen(True, reward, 64, 0, 0.0)
+    return BatchSeen(True, reward, 64, 0, 0.0, 0.0, 10.0)
 
 
 SIGNAL = Signal(1.0, 0.0, 1.0)

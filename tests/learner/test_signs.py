@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 
 from learner.stability.forecast import Forecast, forecast
 from learner.stability.rule import Calibration, Measured, margins
-from learner.stability.signs import CLIPPED_SHARE, FAR_NATS, broken, signs
-from protocol.sweep import Surrogate
+from learner.stability.signs import broken, signs
 
 LR = 1e-3
-BELOW = 1 - 1e-9
 UNKNOWN = Forecast(None, None, None, None)
 NOTHING = margins(Calibration(), LR, 4, 100)
 
 
-@pytest.mark.parametrize("surrogate", get_args(Surrogate))
-def test_a_batch_that_is_clipped_and_far_from_what_sampled_it_is_a_sign_and_either_alone_is_none(surrogate: str) -> None:
-    share = CLIPPED_SHARE[surrogate]
-    assert list(signs(surrogate, share, FAR_NATS)) == list(signs(surrogate, 1.0, 100.0)) == ["signal"]
-    assert signs(surrogate, share * BELOW, 100.0) == {}
-    assert signs(surrogate, 1.0, FAR_NATS * BELOW) == {}
-    assert signs(surrogate, 0.0, 0.0) == {}
+@pytest.mark.parametrize(("lag", "nats"), [(0.0, 1.1), (1.0, 1.1), (4.0, 2.2), (9.0, 3.3), (100.0, 11.0)])
+@pytest.mark.parametrize("length", [1.0, 2.5, 1000.0])
+def test_a_completion_far_from_what_sampled_it_is_a_sign_and_how_far_depends_on_the_lag_and_on_no_length(
+    lag: float, nats: float, length: float
+) -> None:
+    assert list(signs(1.001 * nats / length, length, lag)) == ["signal"]
+    assert signs(0.999 * nats / length, length, lag) == {}
 
 
-def test_the_sign_tells_both_figures() -> None:
-    (text,) = signs("clip", 0.75, 2.5).values()
-    assert "75%" in text and "2.5 nats" in text
+def test_the_sign_tells_its_figures() -> None:
+    (text,) = signs(0.5, 9.0, 3.5).values()
+    assert "4.5 nats" in text and "lag 3.5" in text
 
 
-@pytest.mark.parametrize(("clip_fraction", "kl_behaviour"), [(math.nan, math.nan), (math.nan, 0.0), (0.0, math.nan), (0.0, math.inf)])
-def test_measures_of_a_step_that_are_no_number_are_no_sign_by_themselves(clip_fraction: float, kl_behaviour: float) -> None:
-    assert signs("clip", clip_fraction, kl_behaviour) == {}
+@pytest.mark.parametrize(("kl_behaviour", "length"), [(math.nan, 10.0), (0.0, math.nan), (-1.0, 10.0), (0.0, 0.0)])
+def test_measures_of_a_step_that_are_no_number_are_no_sign_by_themselves(kl_behaviour: float, length: float) -> None:
+    assert signs(kl_behaviour, length, 1.0) == {}
 
 
 def test_only_a_batch_constraint_that_is_certainly_broken_is_told_and_by_how_much() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from learner.batch import make_batch
 from learner.ranks import OneRank, Ranks
 from learner.stability.rule import Calibration, Measured
-from learner.stability.signs import CLIPPED_SHARE, FAR_NATS
+from learner.stability.signs import signs
 from learner.step import Trainer
 from learner.watch import STATE_NAME, Watch
 from protocol.config import Config, LossConfig, parse_config
@@ -159,12 +159,13 @@ def test_a_batch_counts_with_all_its_completions_at_its_first_use(make_llama: An
 
 @pytest.mark.parametrize("off", [0.0, 5.0])
 def test_a_batch_whose_signal_degenerates_is_told_by_the_step_s_own_metrics(off: float, make_llama: Any, make_training_batch: Any) -> None:
-    run = Falling(make_config(1, 3), make_llama(), make_training_batch)
+    run = Falling(make_config(1, 3), make_llama(), make_training_batch, lag=3, step=3)
     run.off = off
     found = run.step()
-    expected = found["clip_fraction"] >= CLIPPED_SHARE[run.config.loss.surrogate] and found["kl_behaviour"] >= FAR_NATS
-    assert [note.kind for note in run.watch.monitor.take_notes()] == ["warning"] * expected
-    assert expected == (off > 0) and found["clip_fraction"] < 1
+    lengths = [sequence.token_ids.size for sequence in run.batch(3).sequences]
+    told = signs(found["kl_behaviour"], sum(lengths) / len(lengths), lag=3.0)
+    assert [note.text for note in run.watch.monitor.take_notes() if note.kind == "warning"] == list(told.values())
+    assert bool(told) == (off > 0)
 
 
 def test_all_ranks_have_the_same_measures_and_state(make_llama: Any, make_training_batch: Any, on_ranks: Callable[..., Any]) -> None:
