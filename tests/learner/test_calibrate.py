@@ -269,9 +269,39 @@ def test_a_calibration_keeps_where_it_comes_from_and_survives_json() -> None:
     found = calibrate(table_2(), 0.2, {"policy": "Llama-3.2-1B"})
     assert found.runs == tuple(run.name for run in table_2()) and found.valid_for == {"policy": "Llama-3.2-1B"}
     assert "gap" in found.notes and "censored" in found.notes and found.largest_lag_seen == 32
+    assert found.horizon == fit_horizon(table_2()).constant, "a horizon as sharp as that keeps its say"
     assert msgspec.json.decode(msgspec.json.encode(found), type=Calibration) == found
     assert margins(found, 1e-7, 8, 100).verdict == "inside"
     assert margins(found, 1e-6, 32, 1000).verdict == "outside"
+
+
+def by_product(rng: random.Random, max_lag: int, lr: float, product: float, scatter: float) -> RunRecord:
+    """A run that collapses if S eta is above `product`, after its first S steps, at a displacement that has nothing to do with why."""
+    collapses = max_lag * lr * math.exp(0.1 * rng.gauss(0, 1)) > product
+    return run_until(
+        60 * lr * math.exp(scatter * rng.gauss(0, 1)) if collapses else 1.0, max_lag, lr, 400, name=f"{max_lag}/{lr}/{rng.random()}"
+    )
+
+
+def test_late_collapses_that_the_product_explains_better_say_nothing_of_the_horizon() -> None:
+    for seed in range(10):
+        rng = random.Random(seed)
+        runs = [by_product(rng, max_lag, 1e-6 * 1.5**place, 2e-5, 0.6) for max_lag in (4, 8) for place in range(10) for _ in range(3)]
+        found = calibrate(runs, 0.2, {})
+        assert found.horizon is not None and found.horizon.upper is None and "count as its" in found.notes
+        farthest = max(bracket[0] for run in runs if not run.collapsed and (bracket := travelled(run)))
+        assert found.horizon.value >= farthest * (1 - 1e-9), "what stable runs went through is known all the same"
+
+
+def test_a_collapse_below_the_product_is_the_horizon_s_whatever_the_scatter() -> None:
+    """Long runs at rates that short ones bear: no product explains them."""
+    rng = random.Random(4)
+    runs = [by_product(rng, max_lag, 1e-6 * 1.5**place, 2e-5, 0.6) for max_lag in (4, 8) for place in range(10) for _ in range(3)]
+    low = [run_until(4e-3 * math.exp(0.3 * rng.gauss(0, 1)), 4, 2e-6, 6000, name=f"long-{place}") for place in range(6)]
+    assert not fit_horizon([*runs, *low]).is_decisive
+    found = calibrate([*runs, *low], 0.2, {})
+    assert found.horizon is not None and found.horizon.upper is not None
+    assert 2e-3 < found.horizon.value < 8e-3
 
 
 def test_without_a_collapse_the_batch_constant_is_that_of_the_ratios() -> None:
