@@ -288,13 +288,13 @@ def _fit_horizon_beside(batch: BatchFit, runs: Sequence[RunRecord], lag_exponent
     """The horizon, where two constraints may have broken a run: the one that divides more sharply has the say.
 
     Unless displacement at collapse scatters less from run to run than it is unknown where the product divides stable from collapsed runs, a
-    collapse beyond that product is the batch constraint's (a competing risk), and of the horizon it says only that it was not reached before. In
-    runs of one length a horizon that is no sharper than that cannot be seen.
+    collapse beyond that product is the batch constraint's and says nothing of the horizon, like those within their first S steps. In runs of one
+    length a horizon that is no sharper than that cannot be seen.
     """
     fit, resolution = fit_horizon(runs), _resolution(batch)
     if math.isinf(resolution) or (fit.is_decisive and fit.scatter <= resolution):
         return fit
-    beside = fit_horizon([_before_collapse(run) if _is_beyond(batch, run, lag_exponent) else run for run in runs])
+    beside = fit_horizon([run for run in runs if not (run.collapsed and _is_beyond(batch, run, lag_exponent))])
     return beside._replace(notes=f"{beside.notes}; collapses beyond the batch constraint count as its, which is the sharper one")
 
 
@@ -309,14 +309,6 @@ def _is_beyond(batch: BatchFit, run: RunRecord, lag_exponent: Measured) -> bool:
     """Whether more than half of the runs with this product collapse."""
     product = batch.reference_lag * (run.max_lag / batch.reference_lag) ** lag_exponent.value * run.lr
     return batch.constant is not None and run.max_lag > 0 and product > batch.constant.value
-
-
-def _before_collapse(run: RunRecord) -> RunRecord:
-    """What is known of a run's way without the collapse: as far as weights were seen that had not collapsed."""
-    if run.collapse_step is None:
-        return run
-    num_steps = max(0, run.collapse_step - max(1, run.max_lag))
-    return run._replace(collapsed=False, collapse_step=None, num_steps=num_steps)
 
 
 class _Profile:

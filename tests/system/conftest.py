@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -123,6 +124,16 @@ def _arguments(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.NoSuchProcess:
         return []
+
+
+@contextlib.contextmanager
+def stopped(process: psutil.Process) -> Iterator[None]:
+    """The process stands still meanwhile."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 @pytest.fixture

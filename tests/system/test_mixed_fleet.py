@@ -18,6 +18,7 @@ from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME, open_read_only
 from tests.faults.link import Link, free_port
 from tests.random_policy import save_random_llama
+from tests.system.conftest import stopped
 
 pytestmark = pytest.mark.system
 
@@ -48,6 +49,8 @@ def test_actors_with_transformers_and_with_vllm_work_side_by_side_and_one_has_it
         fast = join(run, "fast", link.address, "--engine", "vllm", "--relay", relay)
         plain = join(run, "plain", run.address(), "--engine", "transformers", "--serve", relay)
         run.until_sampled("plain", 1)
+        with stopped(run.roles("learner-rank")[-1]):  # vLLM starts slowly beside others that compute
+            run.until_version("fast", 1)
         version = run.until_sampled("fast", 1)
         run.until_sampled("fast", version + 4)
         from_broker = link.num_bytes[Channel.BLOBS]

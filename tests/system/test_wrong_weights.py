@@ -30,6 +30,7 @@ from protocol.groups import decode_group
 from protocol.journal import JOURNAL_NAME, open_read_only, read_facts
 from protocol.weights import Weights, root_hash
 from tests.faults.link import Link
+from tests.system.conftest import stopped
 
 pytestmark = pytest.mark.system
 TOLERANCE = 2e-5
@@ -139,16 +140,6 @@ class Actor:
         """It samples again, from versions that are still to come."""
         number = self._run.status()["num_versions"]
         self._run.until_sampled(self._name, number)
-
-
-@contextlib.contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
-    """The process stands still meanwhile."""
-    process.suspend()
-    try:
-        yield
-    finally:
-        process.resume()
 
 
 def test_wrong_weights_are_named_and_replaced_and_no_token_is_sampled_from_them(
