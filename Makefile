@@ -39,9 +39,10 @@ paper-governor: install
 	$(BIN)/python cli.py sweep examples/paper_governor.toml
 	$(BIN)/python cli.py report examples/paper.toml examples/paper_governor.toml
 
-# Two workers: many tests wait for processes. Tests of one file stay together, since they share what is slow to start.
+# Two workers: many tests wait for processes. Tests of one file stay together, since they share what is slow to start, and in the order that
+# tests/conftest.py puts them in.
 test: install vllm
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The long versions of the fault tests: about an hour.
 soak: install vllm

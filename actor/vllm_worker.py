@@ -99,9 +99,10 @@ class ShadowWorker:
 
     def slipstream_checksum(self) -> int:
         """A number that depends on every bit of this rank's model and on its place: parameters, buffers, and whatever modules have derived
-        from them; only for comparing with another time."""
+        from them, but not the key-value cache; only for comparing with another time."""
         model = self.model_runner.get_model()
-        derived = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+        fields = [field for module in model.modules() for field in vars(module).items()]
+        derived = [value for name, value in fields if isinstance(value, torch.Tensor) and name != "kv_cache"]
         total = 0
         for number, tensor in enumerate([*model.parameters(), *model.buffers(), *derived]):
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

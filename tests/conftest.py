@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,22 @@ from tests.random_policy import save_random_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 UP_SECONDS = 240
+SYSTEM_WEIGHT = 10
+"""A test that starts real processes takes at least as long as this many others."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak", action="store_true", help="the long versions: minutes of random faults, thousands of seeds, a million inputs"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, whole: a worker that began one at the end would go on alone. `make test` has xdist keep this order."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += SYSTEM_WEIGHT if item.get_closest_marker("system") else 1
+    items.sort(key=lambda item: (-weights[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

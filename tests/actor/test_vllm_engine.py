@@ -41,6 +41,7 @@ if sys.platform != "linux":
 if importlib.util.find_spec("vllm") is None:
     pytest.fail("vLLM is not installed here: run `make vllm`", pytrace=False)
 
+pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).with_name("vllm_child.py")
 DEADLINE = 60.0
