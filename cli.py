@@ -70,7 +70,7 @@ def up(
         if config is not None:
             settings = load_config(config, overrides)
             advice = advise_on(settings, calibration_of(settings))
-            for line in advice_lines(advice):
+            for line in advice_lines(advice, is_brief=True):
                 monitor.say(line)
             if strict:
                 check_strict(advice)

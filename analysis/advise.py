@@ -255,12 +255,12 @@ def advise(config: Config, calibration: Calibration | None) -> Advice:
     )
 
 
-def advice_lines(advice: Advice) -> list[str]:
-    """The advice for a person."""
+def advice_lines(advice: Advice, *, is_brief: bool = False) -> list[str]:
+    """The advice for a person; `is_brief` leaves out what runs would tell where nothing is known."""
     lag, lr, steps = advice.staleness, advice.lr, advice.num_steps
     lines = [f"region          learning rate {lr:.3g} at S = {lag} for T = {steps} steps: {_headline(advice)}"]
     if advice.calibration == Calibration():
-        return [*lines, *_what_would_tell(advice)]
+        return [*lines, "what would tell `cli.py advise CONFIG` says it"] if is_brief else [*lines, *_what_would_tell(advice)]
     batch, horizon = _measured(advice.calibration.bound("batch")), _measured(advice.calibration.bound("horizon"))
     lines += [
         f"batch           S x lr = {lag * lr:.3g} steps, R_batch/G_upd = {batch}: {_margin(advice.where.batch)}",

@@ -20,7 +20,6 @@ from protocol.groups import Group, decode_group
 
 if TYPE_CHECKING:
     from learner.batch import Batch
-    from learner.observe import UpdateMeter
     from learner.step import Trainer
 
 HELP = """  enter       take the step          n K         take K steps          c   go on to the end      q   take it and stop
@@ -38,16 +37,14 @@ class StepConsole:
 
         self._port, self._config, self._ask, self._show = port, config, ask, show
         self._tokenizer: Any = AutoTokenizer.from_pretrained(policy)
-        self._meter: UpdateMeter | None = None
         self._num_to_take, self._first = 0, first
         self._batch: tuple[list[Group], list[np.ndarray[Any, Any]], Batch] | None = None
         show(HELP)
 
     def before(self, step: int, batch: Batch, trainer: Trainer) -> None:
         """Show the batch, and ask until a step is to be taken."""
-        from learner.observe import UpdateMeter, importance_ratios
+        from learner.observe import importance_ratios
 
-        self._meter = self._meter or UpdateMeter(trainer.model)
         if self._num_to_take or step < self._first:
             self._num_to_take = max(0, self._num_to_take - 1)
             return
@@ -63,13 +60,12 @@ class StepConsole:
     def after(self, step: int, metrics: dict[str, float], trainer: Trainer) -> None:
         """Show what the step did."""
         del trainer
-        assert self._meter is not None
-        update = self._meter.measure()
         if step < self._first:
             return
-        cosine = "no step before to compare with" if update.cosine is None else f"cosine to the step before {update.cosine:+.4f}"
+        found = metrics.get("cosine_new_batch", metrics.get("cosine_same_batch"))
+        cosine = "no step before to compare with" if found is None else f"cosine to the step before {found:+.4f}"
         self._show(
-            f"step {step}: gradient norm {metrics['grad_norm']:.4g}, lr {metrics['lr']:.4g}, update norm {update.norm:.4g}, {cosine}\n"
+            f"step {step}: gradient norm {metrics['grad_norm']:.4g}, lr {metrics['lr']:.4g}, update norm {metrics['update_norm']:.4g}, {cosine}\n"
             f"        objective {metrics['objective']:.4g}, clip fraction {metrics['clip_fraction']:.3f}, "
             f"effective sample size {metrics['effective_sample_size']:.3f}, KL to the actor {metrics['kl_behaviour']:.4g}"
         )

@@ -1,8 +1,8 @@
-"""Looking into single optimizer steps: importance ratios before, the applied update after. No collectives, so one rank may look alone."""
+"""Looking into single optimizer steps: who is told of them, and importance ratios before. No collectives, so one rank may look alone."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,32 +34,3 @@ def importance_ratios(trainer: Trainer, batch: Batch, tokens_per_microbatch: int
         for row, index in enumerate(indices):
             found[index] = ratios[row, : batch.sequences[index].token_ids.size]
     return [ratios for ratios in found if ratios is not None]
-
-
-class Update(NamedTuple):
-    """An applied update: its Euclidean norm, and its cosine with the one before (None for the first, or where one of them is zero)."""
-
-    norm: float
-    cosine: float | None
-
-
-class UpdateMeter:
-    """Measures the updates that are applied to a model. Holds two copies of its weights."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._weights = self._flat()
-        self._update: torch.Tensor | None = None
-
-    def measure(self) -> Update:
-        """The update since the last call."""
-        weights = self._flat()
-        update, before = weights - self._weights, self._update
-        self._weights, self._update = weights, update
-        norm = float(update.norm())
-        if before is None or norm == 0 or float(before.norm()) == 0:
-            return Update(norm, None)
-        return Update(norm, float(torch.dot(update, before) / (update.norm() * before.norm())))
-
-    def _flat(self) -> torch.Tensor:
-        return torch.cat([parameter.detach().flatten().float() for parameter in self._model.parameters() if parameter.requires_grad])

@@ -86,7 +86,7 @@ def live_bound(calibration: Calibration, lag: int, num_steps: int, g_upd: float 
     if not limits:
         return None
     found = smallest(limits)
-    scale = 1.0 if not g_upd or not calibration.g_upd else calibration.g_upd / g_upd
+    scale = calibration.speed(g_upd)
     return Measured(found.value * scale, found.lower * scale, None if found.upper is None else found.upper * scale)
 
 

@@ -171,7 +171,7 @@ class Monitor:
         """Margins and forecast as measures, and notes about what has become of them."""
         if lr <= 0:
             return {}
-        scale = self._scale()
+        scale = self._calibration.speed(self.g_2)
         where = margins(self._calibration, lr / scale, seen.lag, self._num_steps)
         ahead = self.ahead(lr, seen.lag)
         found = {
@@ -205,17 +205,12 @@ class Monitor:
         """The root mean square of |Delta theta|/eta over the window: G_2 of Appendix A (39, 40)."""
         return math.sqrt(fmean(value**2 for value in self.state.g_upd)) if any(self.state.g_upd) else None
 
-    def _scale(self) -> float:
-        """What calibrated bounds are multiplied by, for this run's own G_upd."""
-        own, calibrated = self.g_2, self._calibration.g_upd
-        return 1.0 if own is None or calibrated is None else calibrated / own
-
     def ahead(self, lr: float, lag: int) -> Forecast:
         """The forecast at this learning rate and lag."""
         travelled, own = self.state.travelled, self.g_2
         if own is None or not travelled:
             return Forecast(None, None, None, None)
-        scale = self._scale()
+        scale = self._calibration.speed(self.g_2)
         speed = (travelled[-1] - travelled[0]) / (len(travelled) - 1) / own / scale if len(travelled) > 1 else None
         return forecast(self._calibration, lr / scale, lag, travelled[-1] / own / scale, speed, self.state.exponent)
 

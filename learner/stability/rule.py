@@ -125,6 +125,10 @@ class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ends = [octaves * (end - exponent.value) for end in (exponent.lower, exponent.ceiling)] if octaves else [0.0, 0.0]
         return spread(self.reference_lag * math.exp(octaves * exponent.value), -min(ends), max(ends))
 
+    def speed(self, g_upd: float | None) -> float:
+        """What bounds are multiplied by for a run with this G_upd of its own, as (37) has them; 1 where one of both is not known."""
+        return 1.0 if not g_upd or not self.g_upd else self.g_upd / g_upd
+
     @property
     def farthest_lag(self) -> int:
         """The largest S of which anything is said to be inside."""
