@@ -84,11 +84,12 @@ def predict(cells: Sequence[Cell], random: np.random.Generator, lag_exponent: Me
 
 
 def warn(cells: Sequence[Cell]) -> list[Warned]:
-    """When the monitor would have warned of each cell by early signs, which need no calibration."""
+    """When the monitor would have warned of each cell by early signs, which need no calibration; cells that did not measure them are left out."""
     return [
         Warned(f"{pipeline}, {surrogate}", cell.max_lag, cell.lr, cell.seed, warning_step(cell), cell.collapse_step)
         for (pipeline, surrogate), group in sorted(arms(cells).items())
         for cell in group
+        if any(row.completion_length is not None for row in cell.rows)
     ]
 
 

@@ -114,6 +114,7 @@ def _rows(
                 effective_sample_size=1 / (1 + 400 * away),
                 kl_behaviour=away**2,
                 entropy=0.0 if is_dead else 1.0 / (1 + step * lr / 1e-5),
+                completion_length=10.0,
             )
         )
     return rows

@@ -208,6 +208,12 @@ def test_a_cell_is_warned_of_by_its_divergence_a_completion_for_its_lag(changes:
     assert warning_step(msgspec.structs.replace(cell, rows=rows)) == expected
 
 
+def test_a_cell_that_did_not_measure_what_the_sign_is_made_of_is_no_stable_run_without_a_warning() -> None:
+    measured = small_cell(1, 20, bad=[])
+    older = msgspec.structs.replace(measured, rows=[msgspec.structs.replace(row, completion_length=None) for row in measured.rows])
+    assert [len(warn(cells)) for cells in ([measured], [older], [measured, older])] == [1, 0, 1]
+
+
 @pytest.mark.parametrize("pipeline", ["queue", "cycles"])
 def test_a_row_that_is_not_measured_is_passed_over(pipeline: str) -> None:
     cell = small_cell(1, 20, bad=[5, 9], pipeline=pipeline)
