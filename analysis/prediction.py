@@ -93,6 +93,17 @@ def warn(cells: Sequence[Cell]) -> list[Warned]:
     ]
 
 
+def warn_as_advised(found: dict[tuple[str, Verdict], list[Cell]]) -> list[Warned]:
+    """When somebody knows who has both: advice before the start, which tells of what is outside, and signs, unless advice says inside."""
+    return [
+        Warned(arm, cell.max_lag, cell.lr, cell.seed, told, cell.collapse_step)
+        for (arm, verdict), group in found.items()
+        for cell in group
+        if any(row.completion_length is not None for row in cell.rows)
+        for told in [0 if verdict == "outside" else None if verdict == "inside" else warning_step(cell)]
+    ]
+
+
 def advised(cells: Sequence[Cell]) -> dict[tuple[str, Verdict], list[Cell]]:
     """The cells by arm and by what `advise` says of them before they start, calibrated on the smallest and the largest of the other values of S."""
     found: defaultdict[tuple[str, Verdict], list[Cell]] = defaultdict(list)
@@ -160,7 +171,7 @@ def prediction_table(found: Sequence[Prediction], exponent: str) -> Table:
     )
 
 
-def warning_table(found: Sequence[Warned]) -> Table:
+def warning_table(found: Sequence[Warned], title: str, note: str) -> Table:
     """How many collapses were warned of before they came, and how many stable runs were warned of for nothing."""
     rows = []
     for arm in [*sorted({one.arm for one in found}), "all"]:
@@ -169,12 +180,7 @@ def warning_table(found: Sequence[Warned]) -> Table:
         leads = [lead for one in collapsed if (lead := one.lead) is not None and lead > 0]
         false = sum(one.warning_step is not None for one in stable)
         rows.append([arm, _share(len(leads), len(collapsed)), _share(false, len(stable)), f"{median(leads):.0f}" if leads else "-"])
-    return Table(
-        "Warnings",
-        ["pipeline, surrogate", "before the collapse", "of stable runs", "median lead, steps"],
-        rows,
-        "By early signs, without a calibration.",
-    )
+    return Table(title, ["pipeline, surrogate", "before the collapse", "of stable runs", "median lead, steps"], rows, note)
 
 
 def advice_table(found: dict[tuple[str, Verdict], list[Cell]]) -> Table:
@@ -187,15 +193,26 @@ def advice_table(found: dict[tuple[str, Verdict], list[Cell]]) -> Table:
     return Table("What `advise` said before", header, rows, "Calibrated on the smallest and the largest of the other values of S.")
 
 
+def _left_out(cells: Sequence[Cell]) -> str:
+    """How many runs have no warning because they could not, in words."""
+    num_left_out = sum(len(group) for group in arms(cells).values()) - len(warn(cells))
+    return f" {num_left_out} runs left out: the length of completions was not recorded." if num_left_out else ""
+
+
 def _share(count: int, total: int) -> str:
     return f"{count} of {total}" + (f" ({count / total:.0%})" if total else "")
 
 
 def judgement(cells: Sequence[Cell], random: np.random.Generator) -> list[Table]:
     """What this sweep says of the advice and the warnings that come from it."""
+    said = advised(cells)
+    both = (
+        "What `advise` says is outside, from the first step on, and early signs in other runs, unless it says inside. Calibrated as above."
+    )
     return [
         prediction_table(predict(cells, random), "exponent of S as calibrated"),
         prediction_table(predict(cells, random, EXACTLY_ONE), "exponent of S the paper's 1"),
-        advice_table(advised(cells)),
-        warning_table(warn(cells)),
+        advice_table(said),
+        warning_table(warn(cells), "Warnings", "By early signs, without a calibration." + _left_out(cells)),
+        *([warning_table(warn_as_advised(said), "Warnings, with a calibration", both)] if said else []),
     ]

@@ -20,6 +20,7 @@ from deploy.rundir import RunDirectory, RunManifest, policy_files
 from learner.stability.files import with_calibration
 from protocol.config import Config
 from protocol.errors import ConfigError, SlipstreamError
+from protocol.sampling import MAX_PROMPTS
 from tasks.base import Task
 from tasks.registry import load_task
 
@@ -38,6 +39,10 @@ def prepare_run(config: Config, directory: Path | None, say: Callable[[str], Non
     task = load_task(config.task.name, config.task.options)
     if task.num_train < 1 or task.num_heldout < 1:
         raise ConfigError("task", config.task.name, "has an empty split", "give it at least one problem in each split")
+    if task.num_train > MAX_PROMPTS:
+        raise ConfigError(
+            "task", config.task.name, f"has {task.num_train} training problems, at most 2^63 can be numbered", "give it fewer"
+        )
     policy = resolve_policy(config, say)
     check_room(config, task, policy)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")

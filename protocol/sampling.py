@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from protocol.keyed import KeyedPermutation
 
+MAX_PROMPTS = 1 << 63
+"""A ticket's prompt travels as a whole number of 64 bits, and the order of the prompts is one of so many at most."""
 MAX_SHUFFLED = 1 << 20
 """Prompts whose order is held in memory (8 MB). A generated task may have any number of them; the order of more is computed place by place."""
 
@@ -24,7 +26,7 @@ def ticket_seed(run_seed: int, ticket: int) -> int:
 
 
 def prompt_index(run_seed: int, ticket: int, num_prompts: int) -> int:
-    """The training prompt of a ticket: each epoch of `num_prompts` tickets is a fresh permutation of all prompts."""
+    """The training prompt of a ticket: each epoch of `num_prompts` tickets, MAX_PROMPTS at most, is a fresh permutation of all prompts."""
     epoch, position = divmod(ticket, num_prompts)
     return int(
         _shuffled(run_seed, epoch, num_prompts)[position] if num_prompts <= MAX_SHUFFLED else _order(run_seed, epoch, num_prompts)(position)

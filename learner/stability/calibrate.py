@@ -288,14 +288,17 @@ def _fit_horizon_beside(batch: BatchFit, runs: Sequence[RunRecord], lag_exponent
     """The horizon, where two constraints may have broken a run: the one that divides more sharply has the say.
 
     Unless displacement at collapse scatters less from run to run than it is unknown where the product divides stable from collapsed runs, a
-    collapse beyond that product is the batch constraint's and says nothing of the horizon, like those within their first S steps. In runs of one
-    length a horizon that is no sharper than that cannot be seen.
+    collapse beyond that product is the batch constraint's and says nothing of the horizon, like those within their first S steps. Runs beyond it
+    that came through are left out with them: alone they would be the lucky ones. In runs of one length a horizon that is no sharper than that
+    cannot be seen; what is left is how far stable runs below the product went.
     """
     fit, resolution = fit_horizon(runs), _resolution(batch)
     if math.isinf(resolution) or (fit.is_decisive and fit.scatter <= resolution):
         return fit
-    beside = fit_horizon([run for run in runs if not (run.collapsed and _is_beyond(batch, run, lag_exponent))])
-    return beside._replace(notes=f"{beside.notes}; collapses beyond the batch constraint count as its, which is the sharper one")
+    below = [run for run in runs if not _is_beyond(batch, run, lag_exponent)]
+    if len(below) == len(runs) or (beside := fit_horizon(below)).constant is None:
+        return fit
+    return beside._replace(notes=f"{beside.notes}; runs beyond the batch constraint, which is the sharper one, are left out")
 
 
 def _resolution(batch: BatchFit) -> float:

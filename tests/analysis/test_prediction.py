@@ -20,6 +20,7 @@ from analysis.prediction import (
     predict,
     prediction_table,
     warn,
+    warn_as_advised,
     warning_step,
     warning_table,
 )
@@ -174,16 +175,15 @@ def test_warnings_are_counted_as_by_hand() -> None:
         Warned("queue, clip", 2, 1e-3, 3, 7, None),
     ]
     assert [one.lead for one in warn([warned, silent, in_vain])] == [8, None, None]
-    table = warning_table(warn([warned, silent, in_vain]))
+    table = warning_table(warn([warned, silent, in_vain]), "Warnings", "")
     assert table.rows == [[name, "1 of 2 (50%)", "1 of 1 (100%)", "8"] for name in ("queue, clip", "all")]
-    assert "without a calibration" in table.note
 
 
 def test_a_warning_at_the_collapse_or_after_it_is_none_before_it() -> None:
     late = [small_cell(1, 30, bad=[20], collapse=20), small_cell(2, 30, bad=[25], collapse=20), small_cell(3, 30, bad=[4], collapse=20)]
     assert [one.lead for one in warn(late)] == [0, -5, 16]
-    assert warning_table(warn(late)).rows[-1] == ["all", "1 of 3 (33%)", "0 of 0", "16"]
-    assert warning_table(warn(late[:2])).rows[-1] == ["all", "0 of 2 (0%)", "0 of 0", "-"]
+    assert warning_table(warn(late), "Warnings", "").rows[-1] == ["all", "1 of 3 (33%)", "0 of 0", "16"]
+    assert warning_table(warn(late[:2]), "Warnings", "").rows[-1] == ["all", "0 of 2 (0%)", "0 of 0", "-"]
 
 
 def test_warnings_are_counted_by_arm_and_together_without_runs_that_were_held() -> None:
@@ -192,7 +192,7 @@ def test_warnings_are_counted_by_arm_and_together_without_runs_that_were_held() 
         small_cell(1, 30, bad=[18], collapse=20, surrogate="min-clip"),
         small_cell(1, 30, bad=[1], collapse=20, governor="hold"),
     ]
-    assert warning_table(warn(cells)).rows == [
+    assert warning_table(warn(cells), "Warnings", "").rows == [
         ["queue, clip", "1 of 1 (100%)", "0 of 0", "10"],
         ["queue, min-clip", "1 of 1 (100%)", "0 of 0", "2"],
         ["all", "2 of 2 (100%)", "0 of 0", "6"],
@@ -206,6 +206,13 @@ def test_a_cell_is_warned_of_by_its_divergence_a_completion_for_its_lag(changes:
     cell = small_cell(1, 20, bad=[5])
     rows = [msgspec.structs.replace(row, **changes) if row.step == 5 else row for row in cell.rows]
     assert warning_step(msgspec.structs.replace(cell, rows=rows)) == expected
+
+
+def test_with_a_calibration_what_is_outside_is_known_from_the_start_and_a_sign_is_not_heeded_inside() -> None:
+    cells = [small_cell(seed, 30, bad=[12], collapse=20) for seed in (1, 2, 3, 4)]
+    verdicts: tuple[Verdict, ...] = ("outside", "inside", "cannot tell", "unknown")
+    found = warn_as_advised({("queue, clip", verdict): [cell] for verdict, cell in zip(verdicts, cells, strict=True)})
+    assert [one.warning_step for one in found] == [0, None, 12, 12]
 
 
 def test_a_cell_that_did_not_measure_what_the_sign_is_made_of_is_no_stable_run_without_a_warning() -> None:
@@ -231,8 +238,8 @@ def test_the_judgement_of_a_sweep_is_the_same_for_the_same_seed_and_says_nothing
     cells = make_sweep(lags=(4, 8, 16))
     tables = judgement(cells, np.random.default_rng(3))
     assert tables == judgement(cells, np.random.default_rng(3))
-    assert [len(table.rows) for table in tables] == [3, 3, 1, 2]
-    assert len({table.title for table in tables}) == 4
+    assert [len(table.rows) for table in tables] == [3, 3, 1, 2, 2]
+    assert len({table.title for table in tables}) == 5
     assert all(len(row) == len(table.header) for table in tables for row in table.rows)
     few = judgement(make_sweep(lags=(4, 8)), np.random.default_rng(3))
     assert [len(table.rows) for table in few] == [0, 0, 0, 2]

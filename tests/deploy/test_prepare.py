@@ -11,6 +11,7 @@ import pytest
 
 from deploy.prepare import cache_folder, prepare_run, supervised_seed
 from deploy.rundir import RunDirectory, is_weights, latest_run
+from examples.own_task import EvenDigits
 from protocol.config import overridden, parse_config
 from protocol.errors import ConfigError
 
@@ -28,6 +29,20 @@ def test_a_run_directory_says_what_the_run_is(settings: Callable[..., dict[str, 
     assert [file.name for file in manifest.policy_files if is_weights(file.name)] == ["model.safetensors"]
     with pytest.raises(ConfigError, match="holds a run already"):
         prepare_run(config, run.path, lambda _: None)
+
+
+class Endless(EvenDigits):
+    """More problems than tickets can number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_train = 2**63 + 1
+
+
+def test_a_task_with_more_problems_than_tickets_can_number_is_refused(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    config = parse_config(settings() | {"task": {"name": f"{__name__}:Endless"}})
+    with pytest.raises(ConfigError, match="9223372036854775809 training problems"):
+        prepare_run(config, tmp_path / "run", print)
 
 
 def test_a_directory_that_is_no_run_is_named(tmp_path: Path) -> None:
