@@ -367,7 +367,10 @@ def learner_device(config: Config) -> Any:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError("learner.device", name, "is no device that torch knows", "auto, cpu, cuda, or cuda:1 and so on") from None
 
 
 # --- all in one process
