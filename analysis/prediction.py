@@ -89,19 +89,29 @@ def warn(cells: Sequence[Cell]) -> list[Warned]:
         Warned(f"{pipeline}, {surrogate}", cell.max_lag, cell.lr, cell.seed, warning_step(cell), cell.collapse_step)
         for (pipeline, surrogate), group in sorted(arms(cells).items())
         for cell in group
-        if any(row.completion_length is not None for row in cell.rows)
+        if _has_sign(cell)
     ]
 
 
 def warn_as_advised(found: dict[tuple[str, Verdict], list[Cell]]) -> list[Warned]:
     """When somebody knows who has both: advice before the start, which tells of what is outside, and signs, unless advice says inside."""
     return [
-        Warned(arm, cell.max_lag, cell.lr, cell.seed, told, cell.collapse_step)
+        Warned(arm, cell.max_lag, cell.lr, cell.seed, _told(cell, verdict), cell.collapse_step)
         for (arm, verdict), group in found.items()
         for cell in group
-        if any(row.completion_length is not None for row in cell.rows)
-        for told in [0 if verdict == "outside" else None if verdict == "inside" else warning_step(cell)]
+        if _has_sign(cell)
     ]
+
+
+def _told(cell: Cell, verdict: Verdict) -> int | None:
+    if verdict == "outside":
+        return 0
+    return None if verdict == "inside" else warning_step(cell)
+
+
+def _has_sign(cell: Cell) -> bool:
+    """Whether what early signs are made of was recorded."""
+    return any(row.completion_length is not None for row in cell.rows)
 
 
 def advised(cells: Sequence[Cell]) -> dict[tuple[str, Verdict], list[Cell]]:
@@ -127,7 +137,7 @@ def warning_step(cell: Cell) -> int | None:
             continue
         length = row.completion_length or 0.0
         seen = BatchSeen(row.is_first_use, row.reward, cell.num_completions, cell.max_lag, row.drift, row.lag, length)
-        signal = Signal(row.clip_fraction or 0.0, row.kl_behaviour or 0.0, row.effective_sample_size or 0.0)
+        signal = Signal(row.kl_behaviour or 0.0, row.effective_sample_size or 0.0)
         monitor.moved(row.step, row.lr, seen, signal, Moved(row.g_upd * row.lr, row.cosine, row.displacement, {}))
         if any(note.kind == "warning" for note in monitor.take_notes()):
             return row.step
@@ -138,10 +148,7 @@ def _config(cell: Cell) -> Config:
     reuse = max(1, cell.max_lag) if cell.pipeline == "cycles" else 1
     lag = reuse - 1 if cell.pipeline == "cycles" else cell.max_lag
     policy = {"reuse": reuse, "sync_every": reuse, "max_lag": lag}
-    loss = {"surrogate": "min-clip" if cell.surrogate == "min-clip" else "clip"}
-    return parse_config(
-        {"loss": loss, "run": {"steps": cell.horizon}, "policy": policy, "stability": {"governor": "warn", "on_collapse": "continue"}}
-    )
+    return parse_config({"run": {"steps": cell.horizon}, "policy": policy, "stability": {"governor": "warn", "on_collapse": "continue"}})
 
 
 # --- tables
@@ -195,7 +202,7 @@ def advice_table(found: dict[tuple[str, Verdict], list[Cell]]) -> Table:
 
 def _left_out(cells: Sequence[Cell]) -> str:
     """How many runs have no warning because they could not, in words."""
-    num_left_out = sum(len(group) for group in arms(cells).values()) - len(warn(cells))
+    num_left_out = sum(not _has_sign(cell) for group in arms(cells).values() for cell in group)
     return f" {num_left_out} runs left out: the length of completions was not recorded." if num_left_out else ""
 
 

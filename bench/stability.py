@@ -95,7 +95,7 @@ class Bench:
         self.num_kept = RECENT + 2 + options.lag
         self.sketcher = Sketcher(parameters, num_buckets(self.num_weights, self.num_kept), OneRank())
         self._step = self._watched = 0
-        self._quiet = {"lr": 1e-6, "entropy": 2.0, "clip_fraction": 0.0, "kl_behaviour": 0.0, "effective_sample_size": 1.0}
+        self._quiet = {"lr": 1e-6, "entropy": 2.0, "kl_behaviour": 0.0, "effective_sample_size": 1.0}
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """Of a call, with all that it has started on an accelerator."""

@@ -57,9 +57,8 @@ class StepConsole:
         while not self._command(self._line(f"step {step}> "), step):
             pass
 
-    def after(self, step: int, metrics: dict[str, float], trainer: Trainer) -> None:
+    def after(self, step: int, metrics: dict[str, float]) -> None:
         """Show what the step did."""
-        del trainer
         if step < self._first:
             return
         found = metrics.get("cosine_new_batch", metrics.get("cosine_same_batch"))

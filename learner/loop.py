@@ -192,7 +192,7 @@ class Learner:
         step = self.step
         metrics = self._watch.step(step, batch, lambda govern: self._trainer.apply(batch, step, govern))
         if self._observer is not None:
-            self._observer.after(self.step, metrics, self._trainer)
+            self._observer.after(self.step, metrics)
         metrics |= batch.facts | {"lag_mean": sum(lags) / len(lags), "lag_max": max(lags)}
         metrics["seconds_training"] = self._monotonic() - started
         metrics["seconds_waiting"], self._waited = self._waited, 0.0

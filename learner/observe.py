@@ -19,7 +19,7 @@ class StepObserver(Protocol):
     def before(self, step: int, batch: Batch, trainer: Trainer) -> None:
         """The step that turns theta_step into theta_{step+1} is about to be taken."""
 
-    def after(self, step: int, metrics: dict[str, float], trainer: Trainer) -> None:
+    def after(self, step: int, metrics: dict[str, float]) -> None:
         """It was taken."""
 
 

@@ -85,4 +85,4 @@ class Watch:
 
 
 def _signal(metrics: dict[str, float]) -> Signal:
-    return Signal(metrics["clip_fraction"], metrics["kl_behaviour"], metrics["effective_sample_size"])
+    return Signal(metrics["kl_behaviour"], metrics["effective_sample_size"])

@@ -35,10 +35,14 @@ def prompt_index(run_seed: int, ticket: int, num_prompts: int) -> int:
 
 @lru_cache(maxsize=2)
 def _shuffled(run_seed: int, epoch: int, num_prompts: int) -> NDArray[np.int64]:
-    key = int.from_bytes(blake3.blake3(f"prompts/{run_seed}/{epoch}".encode()).digest(length=16), "little")
+    key = int.from_bytes(_epoch_key(run_seed, epoch)[:16], "little")
     return np.random.Generator(np.random.Philox(key=key)).permutation(num_prompts)
 
 
 @lru_cache(maxsize=2)
 def _order(run_seed: int, epoch: int, num_prompts: int) -> KeyedPermutation:
-    return KeyedPermutation(num_prompts, blake3.blake3(f"prompts/{run_seed}/{epoch}".encode()).digest())
+    return KeyedPermutation(num_prompts, _epoch_key(run_seed, epoch))
+
+
+def _epoch_key(run_seed: int, epoch: int) -> bytes:
+    return blake3.blake3(f"prompts/{run_seed}/{epoch}".encode()).digest()

@@ -310,8 +310,9 @@ def _resolution(batch: BatchFit) -> float:
 
 def _is_beyond(batch: BatchFit, run: RunRecord, lag_exponent: Measured) -> bool:
     """Whether more than half of the runs with this product collapse."""
-    product = batch.reference_lag * (run.max_lag / batch.reference_lag) ** lag_exponent.value * run.lr
-    return batch.constant is not None and run.max_lag > 0 and product > batch.constant.value
+    if batch.constant is None or not run.max_lag:
+        return False
+    return _log_product(run, lag_exponent.value, batch.reference_lag) > math.log(batch.constant.value)
 
 
 class _Profile:
@@ -414,12 +415,16 @@ class _Tally(NamedTuple):
 
 
 def _tallies(runs: Sequence[RunRecord], exponent: float, reference: float) -> list[_Tally]:
-    """The outcomes by log(S0 (S / S0)^b eta), ascending; products that differ by rounding only are the same."""
+    """The outcomes by the log of the product, ascending."""
     counts: dict[float, list[int]] = {}
     for run in runs:
-        x = round(math.log(reference * run.lr) + exponent * math.log(run.max_lag / reference), 9)
-        counts.setdefault(x, [0, 0])[run.collapsed] += 1
+        counts.setdefault(_log_product(run, exponent, reference), [0, 0])[run.collapsed] += 1
     return [_Tally(x, num_bad, num_good) for x, (num_good, num_bad) in sorted(counts.items())]
+
+
+def _log_product(run: RunRecord, exponent: float, reference: float) -> float:
+    """log(S0 (S / S0)^b eta); products that differ by rounding only are the same."""
+    return round(math.log(reference * run.lr) + exponent * math.log(run.max_lag / reference), 9)
 
 
 def _logistic(tallies: Sequence[_Tally], m: float, s: float) -> float:

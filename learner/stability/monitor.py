@@ -57,9 +57,8 @@ class BatchSeen(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """What the batch said to the weights before the update: means over its tokens, and the effective sample size as a share of them."""
+    """What the batch said to the weights before the update: a mean over its tokens, and the effective sample size as a share of them."""
 
-    clip_fraction: float
     kl_behaviour: float
     effective_sample_size: float
 

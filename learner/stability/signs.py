@@ -1,6 +1,6 @@
 """Early signs of a collapse, and constraints that are or will be broken, by name and in words. Pure functions.
 
-What the sign is worth is measured on sweeps, see docs/reproduction.md, which also has those that were tried and left.
+What the sign is worth is measured on sweeps, see docs/reproduction.md; those that were tried and left are in docs/LOG.md.
 """
 
 from __future__ import annotations

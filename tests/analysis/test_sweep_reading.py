@@ -101,7 +101,7 @@ def test_a_record_tells_the_collapse_that_the_run_itself_told(tmp_path: Path, nu
         recorded, monitor = falling(12, num_steps), Monitor(config, None)
         for fact in recorded:
             seen = BatchSeen(fact.step % 2 == 0, fact.metrics["reward"] or 0.0, num_completions, 2, None, 1.0, 10.0)
-            monitor.moved(fact.step, 1e-3, seen, Signal(0.0, 0.0, 1.0), Moved(0.0, None, 0.0, {}))
+            monitor.moved(fact.step, 1e-3, seen, Signal(0.0, 1.0), Moved(0.0, None, 0.0, {}))
         told = [int(note.values["since"]) for note in monitor.take_notes() if note.kind == "collapse"]
         cell = read_run(journal(tmp_path / f"run-{num_steps}", config, recorded))
         assert told == ([] if cell.collapse_step is None else [cell.collapse_step])

@@ -36,8 +36,8 @@ def seen(reward: float = 0.5, lag: int = 3, is_first_use: bool = True, drift: fl
     return BatchSeen(is_first_use, reward, 64, lag, drift, lag_now, LENGTH)
 
 
-def signal(clip_fraction: float = 0.0, kl_behaviour: float = 0.0, ess: float = 1.0) -> Signal:
-    return Signal(clip_fraction, kl_behaviour, ess)
+def signal(kl_behaviour: float = 0.0, ess: float = 1.0) -> Signal:
+    return Signal(kl_behaviour, ess)
 
 
 DEGENERATE = signal(kl_behaviour=FAR_NATS / LENGTH)

@@ -143,7 +143,7 @@ def seen(reward: float) -> BatchSeen:
     return BatchSeen(True, reward, 64, 0, 0.0, 0.0, 10.0)
 
 
-SIGNAL = Signal(1.0, 0.0, 1.0)
+SIGNAL = Signal(0.0, 1.0)
 FALL = [0.0] * 8
 """Rewards that are surely a collapse after a level of 1."""
 
